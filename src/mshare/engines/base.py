@@ -1,0 +1,212 @@
+"""What an engine is: a way to keep a region under a name and to map it.
+
+Every engine keeps its regions as files of one directory, so names, owners, mode bits and
+lifetimes are the file system's own. A region's file appears under its name when it is whole:
+it is made without a name, gets its memory, and is then linked. A creator that dies before
+leaves nothing; one that dies after leaves a region like any other.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import ClassVar, NamedTuple
+
+from mshare import mapping
+from mshare.errors import invalid, unsupported
+from mshare.sizes import PAGE_SIZE, round_up
+
+DEFAULT_MODE = 0o600
+
+
+class Stat(NamedTuple):
+    """A region as its engine shows it.
+
+    ``size`` and ``resident`` (memory it holds now, None where the engine can't tell) are
+    bytes; ``created`` is seconds since the epoch; ``backing`` is the file it maps, or None.
+    ``broken`` says what is wrong with a region that can't be attached.
+    """
+
+    name: str
+    engine: str
+    size: int
+    resident: int | None
+    mode: int
+    uid: int
+    gid: int
+    created: float
+    backing: str | None = None
+    broken: str | None = None
+
+
+class Check(NamedTuple):
+    """Whether an engine works here: ``why`` in a sentence, ``cure`` the command that changes it."""
+
+    works: bool
+    why: str
+    cure: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Engine(ABC):
+    """One way to share. An instance holds no region, only where regions are."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """What becomes of page tables, in a few words."""
+    alignment: ClassVar[int] = 1
+    """Bytes: addresses are chosen as multiples of this, so that page tables can be shared."""
+    maps_files: ClassVar[bool] = False
+    """Whether ``backing=`` works."""
+    scans: ClassVar[bool] = False
+    """Whether finding the directory takes a look at all mounts, so that it is tried last."""
+    layout_calls: ClassVar[bool] = False
+    """Whether ``map``, ``unmap`` and ``protect`` work."""
+
+    @abstractmethod
+    def directory(self) -> str:
+        """The directory of this engine's regions, which may not exist yet.
+
+        :raises OSError: ENODEV when this machine has no place for it.
+        """
+
+    @abstractmethod
+    def check(self, size: int = PAGE_SIZE) -> Check:
+        """Whether a region of ``size`` bytes could be created by this user now."""
+
+    @abstractmethod
+    def reserve(self, fd: int, size: int, name: str) -> None:
+        """Give the unnamed file ``fd`` its size in bytes and all its memory.
+
+        :raises OSError: ENOSPC when it does not fit; nothing else may fail later for it.
+        """
+
+    @property
+    def granule(self) -> int:
+        """Bytes: sizes are rounded up to a multiple of this."""
+        return PAGE_SIZE
+
+    def create(self, name: str, size: int, mode: int) -> None:
+        """Make the region ``name`` of ``size`` bytes, rounded up to the granule.
+
+        :raises FileExistsError: the name is taken.
+        :raises OSError: ENOSPC when the memory is not there; ENODEV without a place for it.
+        """
+        directory = self._made_directory()
+        path = f"{directory}/{name}"
+        if os.path.lexists(path):
+            raise exists(name)
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            self.reserve(fd, round_up(size, self.granule), name)
+            os.fchmod(fd, mode)
+            parent = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+            try:
+                os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
+            except FileExistsError:
+                raise exists(name) from None
+            finally:
+                os.close(parent)
+        finally:
+            os.close(fd)
+
+    def create_over(self, name: str, file: str | int) -> None:
+        """Make the region ``name`` over a file, by path or descriptor, where that is possible.
+
+        :raises OSError: EOPNOTSUPP when this engine can't.
+        """
+        raise unsupported("put a file into a region", self.name, "shm", name)
+
+    def open(self, name: str, *, readonly: bool) -> int:
+        """A descriptor of the region's file.
+
+        :raises FileNotFoundError: no region of this name.
+        :raises PermissionError: its mode bits forbid this user the access.
+        """
+        path = f"{self.directory()}/{name}"
+        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(path, flags)
+
+    def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+        """Map all ``size`` bytes of ``fd`` and return the address.
+
+        :raises InvalidValue: EINVAL when ``address`` is not a multiple the engine can use.
+        :raises FileExistsError: something is mapped at ``address``.
+        """
+        if address is not None and (address <= 0 or address % self.unit):
+            raise invalid(f"an address is a positive multiple of {self.unit} here", hex(address))
+        return mapping.place(fd, size, readonly=readonly, address=address, alignment=self.alignment)
+
+    @property
+    def unit(self) -> int:
+        """Bytes: a given address must be a multiple of this."""
+        return self.granule
+
+    def stat(self, name: str) -> Stat:
+        """The region ``name``. :raises FileNotFoundError: no region of this name."""
+        info = os.lstat(f"{self.directory()}/{name}")
+        if not self._is_region(info):
+            raise FileNotFoundError(errno.ENOENT, "no such region", name)
+        return self._stat(name, info)
+
+    def stat_open(self, fd: int, name: str) -> Stat:
+        """The region whose file is open as ``fd``, also when its name is gone."""
+        return Engine._stat(self, name, os.fstat(fd))
+
+    def list(self) -> Iterator[Stat]:
+        """All regions of this engine, in no order."""
+        try:
+            names = os.listdir(self.directory())
+        except OSError:
+            return
+        for name in names:
+            if not name.startswith("."):
+                with suppress(FileNotFoundError):
+                    yield self.stat(name)
+
+    def unlink(self, name: str) -> None:
+        """Remove the name; the memory goes with the last attachment.
+
+        :raises FileNotFoundError: no region of this name.
+        :raises PermissionError: it belongs to another user.
+        """
+        os.unlink(f"{self.directory()}/{name}")
+
+    def owns(self, fd: int) -> bool:
+        """Whether ``fd`` is a file of this engine's file system."""
+        with suppress(OSError):
+            return os.stat(self.directory()).st_dev == os.fstat(fd).st_dev
+        return False
+
+    def _is_region(self, info: os.stat_result) -> bool:
+        return st.S_ISREG(info.st_mode)
+
+    def _stat(self, name: str, info: os.stat_result) -> Stat:
+        return Stat(
+            name=name,
+            engine=self.name,
+            size=info.st_size,
+            resident=info.st_blocks * 512,
+            mode=st.S_IMODE(info.st_mode),
+            uid=info.st_uid,
+            gid=info.st_gid,
+            created=info.st_ctime,
+        )
+
+    def _made_directory(self) -> str:
+        """The directory, made for everybody (mode 1777) if it is not there."""
+        directory = self.directory()
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+            os.chmod(directory, 0o1777)
+        return directory
+
+
+def exists(name: str) -> FileExistsError:
+    """The exception for a name that is taken."""
+    message = "a region of this name exists; attach to it, or unlink it first"
+    return FileExistsError(errno.EEXIST, message, name)

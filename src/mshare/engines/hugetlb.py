@@ -1,0 +1,140 @@
+"""Engine ``hugetlb``: files on hugetlbfs, whose page tables stock kernels already share.
+
+The kernel shares the PMD page of 1 GiB of a hugetlbfs file between processes when each maps
+that GiB whole, MAP_SHARED, at an address and file offset aligned to 1 GiB, while another has it
+mapped (``mm/hugetlb.c``, ``huge_pmd_share``). So this engine aligns every attachment. The rest
+of a size that is not whole GiB, and every page of a smaller region, is not shared; at 8 bytes
+per 2 MiB it costs little.
+
+Huge pages are the administrator's to reserve. This engine never does; ``check`` says how.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from typing import ClassVar
+
+from mshare.engines.base import Check, Engine
+from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
+
+MOUNT_POINT = "/dev/hugepages"
+HUGE_PAGE = 2 << 20
+
+
+class Hugetlb(Engine):
+    """Regions as files of the folder ``mshare`` on a hugetlbfs (or of ``MSHARE_HUGETLB_DIR``)."""
+
+    name: ClassVar[str] = "hugetlb"
+    summary: ClassVar[str] = (
+        "page tables shared by the kernel, per whole GiB, between live processes"
+    )
+    alignment: ClassVar[int] = SLOT_SIZE
+    scans: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._found: str | None = None
+
+    def directory(self) -> str:
+        chosen = os.environ.get("MSHARE_HUGETLB_DIR")
+        if chosen:
+            return chosen
+        if self._found is None or not os.path.isdir(self._found):
+            mounts = _mounts()
+            if not mounts:
+                self._found = None
+                raise OSError(
+                    errno.ENODEV, f"no hugetlbfs is mounted; as root: {_MOUNT}", "hugetlb"
+                )
+            self._found = f"{mounts[0]}/mshare"
+        return self._found
+
+    @property
+    def granule(self) -> int:
+        """The huge page size of the mount, 2 MiB where there is none."""
+        with suppress(OSError):
+            directory = self.directory()
+            parent = directory if os.path.isdir(directory) else os.path.dirname(directory)
+            return os.statvfs(parent).f_bsize
+        return HUGE_PAGE
+
+    def check(self, size: int = PAGE_SIZE) -> Check:
+        if not os.path.isdir("/sys/kernel/mm/hugepages"):
+            return Check(False, "this kernel is built without hugetlbfs")
+        try:
+            directory = self.directory()
+        except OSError:
+            return Check(False, "no hugetlbfs is mounted", _MOUNT)
+        parent = directory if os.path.isdir(directory) else os.path.dirname(directory)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            cure = f"install -d -m 1777 {directory}"
+            return Check(False, f"no permission to write {parent}", cure)
+        page = os.statvfs(parent).f_bsize
+        needed = round_up(size, page) // page
+        free = _free_pages(page)
+        if free < needed:
+            total = _pool(page, "nr_hugepages") + needed - free
+            setting = f"/sys/kernel/mm/hugepages/hugepages-{page >> 10}kB/nr_hugepages"
+            why = f"{free} free huge pages of {human(page)}, {needed} needed"
+            return Check(False, why, f"echo {total} > {setting}")
+        left = _mount_space(parent)
+        if left is not None and left < needed * page:
+            why = f"the mount of {parent} is limited and has {human(left)} left"
+            return Check(False, why, f"mount -o remount,size={human(size)} {parent}")
+        return Check(True, f"{free} free huge pages of {human(page)}")
+
+    def open(self, name: str, *, readonly: bool) -> int:
+        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        if self._found and "MSHARE_HUGETLB_DIR" not in os.environ:
+            with suppress(FileNotFoundError):
+                return os.open(f"{self._found}/{name}", flags)
+        return super().open(name, readonly=readonly)
+
+    def reserve(self, fd: int, size: int, name: str) -> None:
+        check = self.check(size)
+        if not check.works:
+            cure = f"; as root: {check.cure}" if check.cure else ""
+            raise OSError(errno.ENOSPC, f"no room for the region: {check.why}{cure}", name)
+        os.ftruncate(fd, size)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"no room for the region: {error.strerror}", name) from None
+
+
+_MOUNT = f"mkdir -p {MOUNT_POINT} && mount -t hugetlbfs -o mode=1777 hugetlbfs {MOUNT_POINT}"
+
+
+def _mounts() -> list[str]:
+    """Mount points of hugetlbfs whose pages fit a GiB several times, smallest pages first."""
+    found = []
+    with open("/proc/self/mounts") as file:
+        for line in file:
+            if " hugetlbfs " in line:
+                point = line.split()[1].encode().decode("unicode_escape")
+                with suppress(OSError):
+                    page = os.statvfs(point).f_bsize
+                    if page < SLOT_SIZE:
+                        found.append((page, point))
+    return [point for _, point in sorted(found)]
+
+
+def _pool(page: int, field: str) -> int:
+    with open(f"/sys/kernel/mm/hugepages/hugepages-{page >> 10}kB/{field}") as file:
+        return int(file.read())
+
+
+def _free_pages(page: int) -> int:
+    """Huge pages of ``page`` bytes a new file could get: free, not promised, or overcommit."""
+    unpromised = _pool(page, "free_hugepages") - _pool(page, "resv_hugepages")
+    overcommit = _pool(page, "nr_overcommit_hugepages") - _pool(page, "surplus_hugepages")
+    return unpromised + max(overcommit, 0)
+
+
+def _mount_space(path: str) -> int | None:
+    """Bytes left on a hugetlbfs mounted with ``size=``; None without that limit."""
+    space = os.statvfs(path)
+    if space.f_blocks == 0 or space.f_blocks == 0xFFFFFFFFFFFFFFFF:
+        return None
+    return space.f_bavail * space.f_bsize

@@ -1,0 +1,194 @@
+"""Engine ``shm``: files on tmpfs, and names for files elsewhere. The baseline on any Linux.
+
+Page tables are not shared: each process pays 8 bytes per page and its own faults. Transparent
+huge pages lower both, where the machine allows them for shared memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat as st
+from contextlib import suppress
+from typing import ClassVar
+
+from mshare import mapping, memory
+from mshare.engines.base import Check, Engine, Stat, exists
+from mshare.errors import invalid
+from mshare.sizes import PAGE_SIZE, human
+
+HUGE_SETTING = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+
+
+class Shm(Engine):
+    """Regions as files of ``/dev/shm/mshare`` (or of the tmpfs folder ``MSHARE_SHM_DIR``)."""
+
+    name: ClassVar[str] = "shm"
+    summary: ClassVar[str] = "page tables not shared"
+    maps_files: ClassVar[bool] = True
+
+    def directory(self) -> str:
+        return os.environ.get("MSHARE_SHM_DIR") or "/dev/shm/mshare"
+
+    def check(self, size: int = PAGE_SIZE) -> Check:
+        directory = self.directory()
+        parent = directory if os.path.isdir(directory) else os.path.dirname(directory)
+        if not os.path.isdir(parent):
+            return Check(False, f"{parent} is not a folder", "mount -t tmpfs tmpfs /dev/shm")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            return Check(False, f"no permission to write {parent}", f"chmod 1777 {parent}")
+        space = os.statvfs(parent)
+        free = space.f_bavail * space.f_frsize
+        if free < size:
+            why = f"{parent} has {human(free)} free, {human(size)} are needed"
+            return Check(
+                False, why, f"mount -o remount,size={_grown(space, size)} {_mount(parent)}"
+            )
+        available = memory.available()
+        if available.bytes < size:
+            return Check(False, f"{available} free, {human(size)} are needed")
+        return Check(True, f"{human(free)} free on {parent}", None, self._notes(directory))
+
+    def _notes(self, directory: str) -> tuple[str, ...]:
+        notes = []
+        with suppress(OSError):
+            info = os.stat(directory)
+            if info.st_uid not in (0, os.geteuid()):
+                notes.append(
+                    f"{directory} belongs to user {info.st_uid}, who can remove any region in it; "
+                    f"as root: chown root:root {directory}"
+                )
+        if _huge_setting() in ("never", "deny"):
+            notes.append(
+                "transparent huge pages are off for shared memory; "
+                f"as root: echo advise > {HUGE_SETTING}"
+            )
+        return tuple(notes)
+
+    def reserve(self, fd: int, size: int, name: str) -> None:
+        check = self.check(size)
+        if not check.works:
+            cure = f"; try: {check.cure}" if check.cure else ""
+            raise OSError(errno.ENOSPC, f"no room for the region: {check.why}{cure}", name)
+        os.ftruncate(fd, size)
+        _populate_huge(fd, size)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"no room for the region: {error.strerror}", name) from None
+
+    def create_over(self, name: str, file: str | int) -> None:
+        path = _path_of(file)
+        directory = self._made_directory()
+        try:
+            os.symlink(path, f"{directory}/{name}")
+        except FileExistsError:
+            raise exists(name) from None
+
+    def open(self, name: str, *, readonly: bool) -> int:
+        try:
+            return super().open(name, readonly=readonly)
+        except FileNotFoundError:
+            path = f"{self.directory()}/{name}"
+            if not os.path.islink(path):
+                raise
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"the region's file {os.readlink(path)} is gone; remove the region: "
+                f"mshare rm {name}",
+                name,
+            ) from None
+
+    def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+        placed = super().place(fd, size, readonly=readonly, address=address)
+        if _huge_setting() not in ("never", "deny", ""):
+            with suppress(OSError):
+                mapping.madvise(placed, size, mapping.MADV_HUGEPAGE)
+        return placed
+
+    def _is_region(self, info: os.stat_result) -> bool:
+        return st.S_ISREG(info.st_mode) or st.S_ISLNK(info.st_mode)
+
+    def _stat(self, name: str, info: os.stat_result) -> Stat:
+        if not st.S_ISLNK(info.st_mode):
+            return super()._stat(name, info)
+        path = f"{self.directory()}/{name}"
+        backing = os.readlink(path)
+        broken = None
+        try:
+            target = os.stat(path)
+        except OSError as error:
+            target, broken = info, f"{backing}: {error.strerror}"
+        return Stat(
+            name=name,
+            engine=self.name,
+            size=0 if broken else target.st_size,
+            resident=None,
+            mode=st.S_IMODE(target.st_mode),
+            uid=target.st_uid,
+            gid=target.st_gid,
+            created=info.st_ctime,
+            backing=backing,
+            broken=broken,
+        )
+
+
+def _path_of(file: str | int) -> str:
+    """The absolute path of a regular, non-empty file this user can open."""
+    try:
+        if isinstance(file, str):
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            info = os.fstat(fd)
+            os.close(fd)
+        else:
+            info = os.fstat(file)
+    except OSError as error:
+        raise OSError(error.errno, f"the file for the region: {error.strerror}", file) from None
+    if not st.S_ISREG(info.st_mode):
+        raise invalid("a region can only be put over a regular file", file)
+    if not info.st_size:
+        raise invalid("a region can't be put over an empty file", file)
+    if isinstance(file, str):
+        return os.path.realpath(file)
+    path = os.readlink(f"/proc/self/fd/{file}")
+    with suppress(OSError):
+        if os.path.samestat(os.stat(path), info):
+            return path
+    raise invalid("the open file has no path any more, so a name can't lead to it", file)
+
+
+@functools.cache
+def _huge_setting() -> str:
+    """The kernel's setting for huge pages in shared memory, as this process first saw it."""
+    with suppress(OSError, IndexError), open(HUGE_SETTING) as file:
+        return file.read().split("[")[1].split("]")[0]
+    return ""
+
+
+def _populate_huge(fd: int, size: int) -> None:
+    """Fill the file with huge pages where the setting is ``advise``.
+
+    fallocate(2) would fill it with small ones that stay small. A failure here is no loss:
+    fallocate fills what is left and tells the error.
+    """
+    if _huge_setting() != "advise":
+        return
+    with suppress(OSError):
+        address = mapping.place(fd, size, readonly=False)
+        try:
+            mapping.madvise(address, size, mapping.MADV_HUGEPAGE)
+            mapping.madvise(address, size, mapping.MADV_POPULATE_WRITE)
+        finally:
+            mapping.munmap(address, size)
+
+
+def _mount(path: str) -> str:
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _grown(space: os.statvfs_result, size: int) -> str:
+    used = (space.f_blocks - space.f_bavail) * space.f_frsize
+    return f"{-(-(used + size) // (1 << 20))}M"
