@@ -1,0 +1,98 @@
+"""The command ``mshare``: one file a sub-command, this one to choose among them.
+
+A sub-command's file has ``SUMMARY``, ``EXAMPLE``, ``set_argparser(parser)`` and
+``main(args) -> exit code``. What it can't do it raises, and this file tells the user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+from typing import Any, NoReturn
+
+import mshare
+
+COMMANDS = ("create", "ls", "stat", "rm", "cp-in", "bench", "doctor")
+
+EXIT_CODES = """\
+exit codes: 0 done; 1 it could not be done, a message says why; 2 wrong usage;
+3 content was found wrong (bench); 130 and 143 interrupted, nothing left behind"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line with every sub-command."""
+    parser = argparse.ArgumentParser(
+        prog="mshare",
+        description="Memory shared between processes, page tables too.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mshare {mshare.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=_Completion,
+        help="print a completion script for this shell",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module: Any = import_module(f"mshare.cli.{name.replace('-', '_')}")
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            epilog=f"example:\n{module.EXAMPLE}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.set_argparser(command)
+        command.set_defaults(main=module.main)
+    return parser
+
+
+class _Completion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **_: Any) -> NoReturn:
+        import shtab
+
+        print(shtab.complete(parser, args[1]))
+        parser.exit()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        code: int = args.main(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, ValueError, TypeError) as error:
+        print(f"mshare {args.command}: {explain(error)}", file=sys.stderr)
+        return 1
+
+
+def explain(error: Exception) -> str:
+    """The error as a line for people: what, the message, what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        thing = "" if error.filename is None else f"{error.filename!r}: "
+        return thing + error.strerror
+    return str(error)
+
+
+def run() -> NoReturn:
+    """The entry point of the command."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGHUP, end)
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""``mshare create``."""
+
+from __future__ import annotations
+
+import argparse
+
+import mshare
+from mshare import engines
+from mshare.errors import invalid
+from mshare.sizes import human
+
+SUMMARY = "create a region"
+EXAMPLE = "  mshare create features 4G --mode 0640"
+
+
+def set_argparser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name")
+    parser.add_argument("size", nargs="?", help="bytes, or a number and K, M, G or T")
+    parser.add_argument("--mode", help="permission bits in octal (default 0600)")
+    parser.add_argument("--backing", metavar="FILE", help="a file to be the region's content")
+    parser.add_argument("--engine", choices=[engine.name for engine in engines.ENGINES])
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.size is None and args.backing is None:
+        raise invalid("give a size, or --backing and a file", args.name)
+    with mshare.create(
+        args.name,
+        args.size,
+        None if args.mode is None else _octal(args.mode),
+        backing=args.backing,
+        engine=args.engine,
+    ) as region:
+        print(f"{region.name}: {human(region.size)} on engine {region.engine}")
+    return 0
+
+
+def _octal(text: str) -> int:
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise invalid("a mode is an octal number such as 0640", text) from None

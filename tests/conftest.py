@@ -1,0 +1,110 @@
+"""Fixtures: an engine at a time, names that clean up after themselves, another user."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+
+import mshare
+from mshare import engines, hugepages
+from mshare.sizes import SLOT_SIZE
+
+NOBODY = 65534
+HUGE_BYTES = 2 * SLOT_SIZE
+"""Huge pages the tests may use, in bytes."""
+
+SubPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def skip(reason: str) -> None:
+    """Skip a test this machine can't run; with ``MSHARE_TEST_STRICT=1`` (CI) that is a failure."""
+    if os.environ.get("MSHARE_TEST_STRICT") == "1":
+        pytest.fail(f"this machine must be able to run every test, but: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def root() -> None:
+    """Only as root."""
+    if os.geteuid():
+        skip("needs root")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _huge_pages() -> Iterator[None]:
+    """As root, the huge pages the tests need; they are given back at the end."""
+    with ExitStack() as stack:
+        if not os.geteuid():
+            with suppress(OSError):
+                stack.enter_context(hugepages.reserved(HUGE_BYTES, lambda text: None))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_engine_chosen() -> None:
+    os.environ.pop("MSHARE_ENGINE", None)
+
+
+@pytest.fixture(params=[engine.name for engine in engines.ENGINES])
+def engine(request: pytest.FixtureRequest) -> engines.Engine:
+    """Each engine in turn."""
+    found = engines.by_name(request.param)
+    check = found.check()
+    if not check.works:
+        skip(f"engine {found.name}: {check.why}")
+    return found
+
+
+@pytest.fixture
+def hugetlb() -> engines.Engine:
+    """The engine hugetlb, with huge pages for a whole slot and more."""
+    found = engines.by_name("hugetlb")
+    check = found.check(SLOT_SIZE)
+    if not check.works:
+        skip(f"engine hugetlb: {check.why}")
+    return found
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name nobody uses; what has it, or starts with it, goes at the end of the test."""
+    chosen = f"test-{uuid.uuid4().hex[:12]}"
+    yield chosen
+    for region in mshare.list():
+        if region.name.startswith(chosen):
+            mshare.unlink(region.name)
+
+
+@pytest.fixture
+def python() -> SubPython:
+    """Run a Python program in a new process that turns warnings into errors."""
+
+    def run(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = os.path.dirname(os.path.dirname(mshare.__file__))
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def as_nobody(root: None, python: SubPython) -> SubPython:
+    """Run a Python program as another user, who may not be able to read Python's own files."""
+
+    def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        become = f"import mshare, os, sys; os.setgroups([]); os.setuid({NOBODY})"
+        return python(f"{become}\n{code}", *arguments)
+
+    return run
