@@ -104,7 +104,8 @@ def as_nobody(root: None, python: SubPython) -> SubPython:
     """Run a Python program as another user, who may not be able to read Python's own files."""
 
     def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        become = f"import mshare, os, sys; os.setgroups([]); os.setuid({NOBODY})"
+        modules = "mshare.hugepages, mshare.pagetables, os, sys"
+        become = f"import {modules}; os.setgroups([]); os.setuid({NOBODY})"
         return python(f"{become}\n{code}", *arguments)
 
     return run

@@ -256,7 +256,7 @@ def create(
             raise exists(name)
         chosen = engines.best(engine, bytes_)
         chosen.create(name, bytes_, mode)
-    return _attach_created(name, chosen, False, address)
+    return _attach_created(name, chosen, address)
 
 
 def _create_over(
@@ -275,15 +275,23 @@ def _create_over(
             raise exists(name)
         chosen = engines.best(engine, over_file=True)
         chosen.create_over(name, file)
-    return _attach_created(name, chosen, not os.access(file, os.W_OK), address)
+    return _attach_created(name, chosen, address, maybe_readonly=True)
 
 
-def _attach_created(name: str, engine: Engine, readonly: bool, address: int | None) -> Region:
+def _attach_created(
+    name: str, engine: Engine, address: int | None, *, maybe_readonly: bool = False
+) -> Region:
     """Attach a region just made; if that fails, nothing of it remains."""
+    readonly = False
     try:
-        return Region(
-            name, engine, engine.open(name, readonly=readonly), readonly=readonly, address=address
-        )
+        try:
+            fd = engine.open(name, readonly=False)
+        except OSError as error:
+            if not maybe_readonly or error.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            readonly = True
+            fd = engine.open(name, readonly=True)
+        return Region(name, engine, fd, readonly=readonly, address=address)
     except BaseException:
         with suppress(OSError):
             engine.unlink(name)

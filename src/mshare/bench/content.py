@@ -80,11 +80,12 @@ class FileContent(Content):
             if os.path.exists(path):
                 raise invalid("not a regular file", path)
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        length = os.fstat(self._file.fileno()).st_size
+        self._path = path
+        length = os.stat(path).st_size
         if not length:
             raise invalid("the file is empty", path)
         self.size = round_up(length, PAGE_SIZE)
 
     def block(self, start: int, length: int) -> bytes:
-        return os.pread(self._file.fileno(), length, start)
+        with open(self._path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)

@@ -1,0 +1,201 @@
+"""Engine shm: tmpfs and files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mshare
+from mshare import engines, memory
+from mshare.engines.shm import Shm
+from mshare.memory import Available
+
+SHM = engines.by_name("shm")
+
+
+@pytest.fixture
+def small_tmpfs(root: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A tmpfs of 1 MiB as the engine's folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", folder], check=True)
+        monkeypatch.setenv("MSHARE_SHM_DIR", folder)
+        yield folder
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_full_tmpfs(small_tmpfs: str, name: str) -> None:
+    """Too much is ENOSPC with a cure, and the space is free again."""
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"remount,size=2M") as caught:
+            mshare.create(name, "2M", engine="shm")
+        assert caught.value.errno == errno.ENOSPC
+        assert not os.listdir(small_tmpfs)
+    with mshare.create(name, 900 << 10, engine="shm") as region:
+        region.asarray()[:] = 1
+        with pytest.raises(OSError, match="room"):
+            mshare.create(f"{name}-2", 900 << 10, engine="shm")
+    assert not SHM.check(1 << 20).works
+
+
+def test_filled_between_check_and_creation(
+    small_tmpfs: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Space that goes after the check is still ENOSPC at creation, and nothing remains."""
+    monkeypatch.setattr(Shm, "check", lambda self, size=0: engines.Check(True, ""))
+    with pytest.raises(OSError, match="room") as caught:
+        mshare.create(name, "2M", engine="shm")
+    assert caught.value.errno == errno.ENOSPC
+    assert not os.listdir(small_tmpfs)
+    assert os.statvfs(small_tmpfs).f_bfree * 4096 == 1 << 20
+
+
+def test_more_than_the_memory_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not there is refused: the kernel would kill rather than fail."""
+    monkeypatch.setattr(memory, "available", lambda: Available(1 << 20, "a limit"))
+    with pytest.raises(OSError, match=r"a limit: 1 MiB free") as caught:
+        mshare.create(name, "2M", engine="shm")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_available_memory_knows_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest of the machine's and the cgroups' limits counts."""
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    monkeypatch.setattr(memory, "_cgroup_folders", lambda: [str(tmp_path)])
+    assert memory.available() == Available(4000000, f"{tmp_path}/memory.max")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert "MemAvailable" in memory.available().source
+
+
+def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its file system the engine says what to do."""
+    monkeypatch.setenv("MSHARE_SHM_DIR", "/nowhere/at/all")
+    check = SHM.check()
+    assert not check.works
+    assert check.cure
+    assert "mount" in check.cure
+    with pytest.raises(OSError, match="/nowhere/at/all"):
+        mshare.create(name, 4096, engine="shm")
+
+
+def test_folder_of_somebody_else(
+    tmp_path: Path, root: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder whose owner could remove regions is noted."""
+    os.chown(tmp_path, 1234, 1234)
+    monkeypatch.setenv("MSHARE_SHM_DIR", str(tmp_path))
+    assert any("chown root:root" in note for note in SHM.check().notes)
+
+
+def test_folder_is_everybodys() -> None:
+    """Any user can make regions, and only owners remove them."""
+    assert os.stat(SHM.directory()).st_mode & 0o7777 == 0o1777
+
+
+@pytest.mark.parametrize("by", ["path", "pathlike", "descriptor"])
+def test_backing(name: str, tmp_path: Path, by: str) -> None:
+    """A file is named by path or open descriptor."""
+    file = tmp_path / "content"
+    file.write_bytes(b"content of the file")
+    with file.open("r+b") as opened:
+        how = {"path": str(file), "pathlike": file, "descriptor": opened.fileno()}[by]
+        with mshare.create(name, backing=how) as region:  # type: ignore[arg-type]
+            assert bytes(region) == b"content of the file"
+            assert not region.readonly
+    (listed,) = (each for each in mshare.list() if each.name == name)
+    assert listed.backing == str(file)
+    assert listed.size == 19
+    assert listed.broken is None
+
+
+def test_backing_is_chosen_past_hugetlb(name: str, tmp_path: Path) -> None:
+    """The best engine that can do what is asked is chosen."""
+    file = tmp_path / "content"
+    file.write_bytes(b"x")
+    with mshare.create(name, backing=file) as region:
+        assert region.engine == "shm"
+
+
+def test_backing_deleted_and_replaced(name: str, tmp_path: Path) -> None:
+    """Attachments live on; a new one is ENOENT with the file's path; rm removes the region."""
+    file = tmp_path / "content"
+    file.write_bytes(b"first")
+    with mshare.create(name, backing=file) as region:
+        file.unlink()
+        assert bytes(region) == b"first"
+    with pytest.raises(FileNotFoundError, match=rf"{file} is gone.*mshare rm {name}"):
+        mshare.attach(name)
+    (listed,) = (each for each in mshare.list() if each.name == name)
+    assert listed.broken
+    assert str(file) in listed.broken
+    with pytest.raises(FileExistsError):
+        mshare.create(name, 4096)
+    mshare.unlink(name)
+    with pytest.raises(FileNotFoundError, match="no such region"):
+        mshare.attach(name)
+
+
+@pytest.mark.parametrize("what", ["missing", "folder", "empty", "pipe", "device", "deleted", "fd"])
+def test_bad_backing(name: str, tmp_path: Path, what: str) -> None:
+    """Only a regular file with content and a path can be a region."""
+    path: str | int = str(tmp_path / "content")
+    wanted, code = "file", errno.EINVAL
+    match what:
+        case "missing":
+            code = errno.ENOENT
+        case "folder":
+            path, wanted = str(tmp_path), "regular"
+        case "empty":
+            Path(str(path)).touch()
+            wanted = "empty"
+        case "pipe":
+            os.mkfifo(str(path))
+            wanted = "regular"
+        case "device":
+            path, wanted = "/dev/zero", "regular"
+        case "deleted":
+            path, wanted = os.memfd_create("content"), "no path"
+            os.write(path, b"x")
+        case "fd":
+            path, code = 9999, errno.EBADF
+    with pytest.raises(OSError, match=wanted) as caught:
+        mshare.create(name, backing=path)
+    assert caught.value.errno == code
+    assert name not in {region.name for region in mshare.list()}
+
+
+def test_backing_has_its_own_size_and_mode(name: str, tmp_path: Path) -> None:
+    """Size and mode are the file's, so giving them is EINVAL."""
+    file = tmp_path / "content"
+    file.write_bytes(b"x" * 4096)
+    file.chmod(0o604)
+    for size, mode in ((4096, None), (None, 0o600)):
+        with pytest.raises(ValueError, match="leave them out"):
+            mshare.create(name, size, mode, backing=file)
+    with mshare.create(name, backing=file) as region:
+        assert region.mode == 0o604
+
+
+def test_pages_are_there_from_the_start(name: str) -> None:
+    """All memory is reserved at creation, so no later SIGBUS."""
+    with mshare.create(name, "16M", engine="shm") as region:
+        assert region.stat().resident == 16 << 20
+
+
+def test_huge_page_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine allows huge pages in shared memory they are asked for."""
+    asked = []
+    monkeypatch.setattr("mshare.engines.shm._huge_setting", lambda: "advise")
+    monkeypatch.setattr("mshare.mapping.madvise", lambda *call: asked.append(call))
+    with mshare.create(name, "4M", engine="shm") as region:
+        assert asked[-1] == (region.address, 4 << 20, 14)
+        assert [call[2] for call in asked] == [14, 23, 14]
+    assert not any("huge" in note for note in SHM.check().notes)
+    monkeypatch.setattr("mshare.engines.shm._huge_setting", lambda: "never")
+    assert any("echo advise" in note for note in SHM.check().notes)
