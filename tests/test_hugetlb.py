@@ -122,7 +122,7 @@ def test_check_says_what_is_missing(
                 os.path, "isdir", lambda path: "sys/kernel" not in path and real(path)
             )
         case "mount":
-            monkeypatch.delenv("MSHARE_HUGETLB_DIR", raising=False)
+            monkeypatch.setattr(HUGETLB, "chosen", None)
             monkeypatch.setattr(module, "_mounts", list)
             monkeypatch.setattr(HUGETLB, "_found", None)
         case "permission":
@@ -141,7 +141,7 @@ def test_limited_mount(root: None, name: str, monkeypatch: pytest.MonkeyPatch) -
         command = ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M,size=4M", "hugetlbfs", folder]
         subprocess.run(command, check=True)
         try:
-            monkeypatch.setenv("MSHARE_HUGETLB_DIR", f"{folder}/mshare")
+            monkeypatch.setattr(HUGETLB, "chosen", f"{folder}/mshare")
             with pytest.raises(OSError, match="limited") as caught:
                 mshare.create(name, "6M", engine="hugetlb")
             assert caught.value.errno == errno.ENOSPC

@@ -24,7 +24,7 @@ def small_tmpfs(root: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A tmpfs of 1 MiB as the engine's folder."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", folder], check=True)
-        monkeypatch.setenv("MSHARE_SHM_DIR", folder)
+        monkeypatch.setattr(SHM, "chosen", folder)
         yield folder
         subprocess.run(["umount", folder], check=True)
 
@@ -75,7 +75,7 @@ def test_available_memory_knows_cgroups(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its file system the engine says what to do."""
-    monkeypatch.setenv("MSHARE_SHM_DIR", "/nowhere/at/all")
+    monkeypatch.setattr(SHM, "chosen", "/nowhere/at/all")
     check = SHM.check()
     assert not check.works
     assert check.cure
@@ -89,7 +89,7 @@ def test_folder_of_somebody_else(
 ) -> None:
     """A folder whose owner could remove regions is noted."""
     os.chown(tmp_path, 1234, 1234)
-    monkeypatch.setenv("MSHARE_SHM_DIR", str(tmp_path))
+    monkeypatch.setattr(SHM, "chosen", str(tmp_path))
     assert any("chown root:root" in note for note in SHM.check().notes)
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from mshare import engines
 from mshare.sizes import human, round_up
 
 HUGE_PAGE = 2 << 20
@@ -55,8 +56,9 @@ def reserved(size: int, say: Callable[[str], None]) -> Iterator[None]:
 @contextmanager
 def _mounted(say: Callable[[str], None]) -> Iterator[None]:
     """A hugetlbfs the engine finds, of this block's own where there is none."""
+    engine = engines.by_name("hugetlb")
     with open("/proc/self/mounts") as file:
-        if os.environ.get("MSHARE_HUGETLB_DIR") or " hugetlbfs " in file.read():
+        if engine.chosen or " hugetlbfs " in file.read():
             yield
             return
     folder = tempfile.mkdtemp(prefix="mshare-hugetlb-")
@@ -69,11 +71,12 @@ def _mounted(say: Callable[[str], None]) -> Iterator[None]:
         message = f"can't mount hugetlbfs: {reason.strip()}"
         raise OSError(errno.EPERM, message, folder) from None
     say(f"mounted hugetlbfs on {folder} for this run")
-    os.environ["MSHARE_HUGETLB_DIR"] = folder
+    os.environ[engine.variable] = engine.chosen = folder
     try:
         yield
     finally:
-        del os.environ["MSHARE_HUGETLB_DIR"]
+        engine.chosen = None
+        del os.environ[engine.variable]
         subprocess.run(["umount", folder], check=False, capture_output=True)
         with suppress(OSError):
             os.rmdir(folder)

@@ -38,6 +38,8 @@ class Region(Exporter):
     options; unpickling attaches again.
     """
 
+    _fd = -1
+
     def __init__(self, name: str, engine: Engine, fd: int, *, readonly: bool, address: int | None):
         """Attach to the open region ``fd``, which then belongs to this object."""
         self._fd = fd
@@ -198,10 +200,8 @@ class Region(Exporter):
         self.close()
 
     def __del__(self) -> None:
-        fd, self._fd = getattr(self, "_fd", -1), -1
-        if fd >= 0:
-            with suppress(OSError):
-                os.close(fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def __len__(self) -> int:
         return self._size

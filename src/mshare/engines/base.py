@@ -21,6 +21,8 @@ from mshare.errors import invalid, unsupported
 from mshare.sizes import PAGE_SIZE, round_up
 
 DEFAULT_MODE = 0o600
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_READ_WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Stat(NamedTuple):
@@ -66,6 +68,13 @@ class Engine(ABC):
     """Whether finding the directory takes a look at all mounts, so that it is tried last."""
     layout_calls: ClassVar[bool] = False
     """Whether ``map``, ``unmap`` and ``protect`` work."""
+
+    variable: ClassVar[str]
+    """The environment variable that names another directory for the regions."""
+
+    def __init__(self) -> None:
+        self.chosen: str | None = os.environ.get(self.variable) or None
+        """That directory, as it was set when mshare was imported."""
 
     @abstractmethod
     def directory(self) -> str:
@@ -127,9 +136,14 @@ class Engine(ABC):
         :raises FileNotFoundError: no region of this name.
         :raises PermissionError: its mode bits forbid this user the access.
         """
-        path = f"{self.directory()}/{name}"
-        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-        return os.open(path, flags)
+        try:
+            return os.open(f"{self.directory()}/{name}", _READ if readonly else _READ_WRITE)
+        except FileNotFoundError:
+            return self._open_missing(name, readonly=readonly)
+
+    def _open_missing(self, name: str, *, readonly: bool) -> int:
+        """What :meth:`open` does when nothing is there under this name."""
+        raise FileNotFoundError(errno.ENOENT, "no such region", f"{self.directory()}/{name}")
 
     def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
         """Map all ``size`` bytes of ``fd`` and return the address.

@@ -33,22 +33,30 @@ class Hugetlb(Engine):
     alignment: ClassVar[int] = SLOT_SIZE
     scans: ClassVar[bool] = True
 
+    variable: ClassVar[str] = "MSHARE_HUGETLB_DIR"
+
     def __init__(self) -> None:
+        super().__init__()
         self._found: str | None = None
 
     def directory(self) -> str:
-        chosen = os.environ.get("MSHARE_HUGETLB_DIR")
-        if chosen:
-            return chosen
-        if self._found is None or not os.path.isdir(self._found):
+        if self.chosen:
+            return self.chosen
+        if self._found is None:
             mounts = _mounts()
             if not mounts:
-                self._found = None
                 raise OSError(
                     errno.ENODEV, f"no hugetlbfs is mounted; as root: {_MOUNT}", "hugetlb"
                 )
             self._found = f"{mounts[0]}/mshare"
         return self._found
+
+    def _forget(self) -> bool:
+        """Look for the mount anew next time, if the one found is no more."""
+        gone = self._found is not None and not os.path.isdir(self._found)
+        if gone:
+            self._found = None
+        return gone
 
     @property
     def granule(self) -> int:
@@ -62,6 +70,7 @@ class Hugetlb(Engine):
     def check(self, size: int = PAGE_SIZE) -> Check:
         if not os.path.isdir("/sys/kernel/mm/hugepages"):
             return Check(False, "this kernel is built without hugetlbfs")
+        self._forget()
         try:
             directory = self.directory()
         except OSError:
@@ -84,12 +93,10 @@ class Hugetlb(Engine):
             return Check(False, why, f"mount -o remount,size={human(size)} {parent}")
         return Check(True, f"{free} free huge pages of {human(page)}")
 
-    def open(self, name: str, *, readonly: bool) -> int:
-        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-        if self._found and "MSHARE_HUGETLB_DIR" not in os.environ:
-            with suppress(FileNotFoundError):
-                return os.open(f"{self._found}/{name}", flags)
-        return super().open(name, readonly=readonly)
+    def _open_missing(self, name: str, *, readonly: bool) -> int:
+        if self._forget():
+            return self.open(name, readonly=readonly)
+        return super()._open_missing(name, readonly=readonly)
 
     def reserve(self, fd: int, size: int, name: str) -> None:
         check = self.check(size)

@@ -26,10 +26,11 @@ class Shm(Engine):
 
     name: ClassVar[str] = "shm"
     summary: ClassVar[str] = "page tables not shared"
+    variable: ClassVar[str] = "MSHARE_SHM_DIR"
     maps_files: ClassVar[bool] = True
 
     def directory(self) -> str:
-        return os.environ.get("MSHARE_SHM_DIR") or "/dev/shm/mshare"
+        return self.chosen or "/dev/shm/mshare"
 
     def check(self, size: int = PAGE_SIZE) -> Check:
         directory = self.directory()
@@ -86,19 +87,13 @@ class Shm(Engine):
         except FileExistsError:
             raise exists(name) from None
 
-    def open(self, name: str, *, readonly: bool) -> int:
-        try:
-            return super().open(name, readonly=readonly)
-        except FileNotFoundError:
-            path = f"{self.directory()}/{name}"
-            if not os.path.islink(path):
-                raise
-            raise FileNotFoundError(
-                errno.ENOENT,
-                f"the region's file {os.readlink(path)} is gone; remove the region: "
-                f"mshare rm {name}",
-                name,
-            ) from None
+    def _open_missing(self, name: str, *, readonly: bool) -> int:
+        path = f"{self.directory()}/{name}"
+        if os.path.islink(path):
+            gone = f"the region's file {os.readlink(path)} is gone"
+            message = f"{gone}; remove the region: mshare rm {name}"
+            raise FileNotFoundError(errno.ENOENT, message, name)
+        return super()._open_missing(name, readonly=readonly)
 
     def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
         placed = super().place(fd, size, readonly=readonly, address=address)
