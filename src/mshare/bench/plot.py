@@ -46,11 +46,11 @@ def draw(rows: Sequence[Row], path: str) -> None:
     for row in rows:
         total = [number / (1 << 20) for number in accumulate(row.page_table_bytes)]
         count = range(1, len(total) + 1)
-        axes.plot(count, total, "o-", color=_COLOURS.get(row.engine), markersize=4)
+        axes.plot(count, total, "o-", color=_COLOURS.get(row.engine), markersize=4, clip_on=False)
         axes.annotate(
             f"{row.engine}: {human(sum(row.page_table_bytes))}",
             (len(total), total[-1]),
-            xytext=(8, 0),
+            xytext=(8, 4),
             textcoords="offset points",
             color=_COLOURS.get(row.engine),
             verticalalignment="center",
@@ -64,7 +64,7 @@ def draw(rows: Sequence[Row], path: str) -> None:
     axes.set_xlabel("processes attached")
     axes.set_ylabel("page tables, MiB")
     axes.set_ylim(bottom=0)
-    axes.set_xlim(1, max(2, rows[0].processes) * 1.3)
+    axes.set_xlim(0, max(2, rows[0].processes) * 1.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
