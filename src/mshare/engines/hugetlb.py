@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import suppress
 from typing import ClassVar
 
@@ -119,12 +120,17 @@ def _mounts() -> list[str]:
     with open("/proc/self/mounts") as file:
         for line in file:
             if " hugetlbfs " in line:
-                point = line.split()[1].encode().decode("unicode_escape")
+                point = _unescaped(line.split()[1])
                 with suppress(OSError):
                     page = os.statvfs(point).f_bsize
                     if page < SLOT_SIZE:
                         found.append((page, point))
     return [point for _, point in sorted(found)]
+
+
+def _unescaped(path: str) -> str:
+    """A path as it is: the kernel writes space, tab, newline and backslash in octal."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 def _pool(page: int, field: str) -> int:
