@@ -1,0 +1,175 @@
+"""From what the caller wants to a session that is ready to run."""
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mshare.lab import qemu
+from mshare.lab.build import build_module, cache_dir, find_sources
+from mshare.lab.guest import Guest, guest_environment
+from mshare.lab.kernels import find_kernel, needed_modules
+from mshare.lab.packages import apt_command
+from mshare.lab.session import Result, Session
+
+MINIMUM_MEMORY = 256 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to boot; memory, ``disk`` and ``swap`` in bytes, limits in seconds.
+
+    ``kernel`` is a series, a path, or ``None`` for the newest installed; ``module`` is ``True``
+    for the one of this checkout, a folder of sources, a ``.ko`` file, or ``False``. ``terminal``
+    is ``(columns, rows)`` for an interactive command.
+    """
+
+    kernel: str | None = None
+    memory: int = 2 << 30
+    cpus: int = 2
+    timeout: float = 600.0
+    boot_timeout: float = 180.0
+    accel: str = "auto"
+    cpu_model: str = ""
+    module: bool | Path = True
+    disk: int = 0
+    swap: int = 0
+    hugepages: int = 0
+    kernel_args: str = ""
+    cwd: Path | None = None
+    env: Mapping[str, str] | None = None
+    log: Path | None = None
+    terminal: tuple[int, int] | None = None
+
+
+def run(
+    command: Sequence[str],
+    options: Options | None = None,
+    *,
+    stdin: int | bytes = b"",
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> Result:
+    """Boot a kernel and run ``command`` there as root, in the caller's current directory.
+
+    ``stdin`` is a descriptor or the bytes themselves. ``stdout`` and ``stderr`` are descriptors
+    that the streams are passed to as they come, or ``None`` to have them in the result.
+
+    :raises FileNotFoundError: a part is not installed; the message has the command that does it.
+    :raises OSError: the module does not build, or KVM was demanded and does not work.
+    :raises ValueError: an option is out of range, or the kernel is none.
+    """
+    with _session(command, options or Options()) as session:
+        session.stdin, session.stdout, session.stderr = stdin, stdout, stderr
+        return session.run()
+
+
+def command_line(command: Sequence[str], options: Options | None = None) -> list[str]:
+    """The QEMU command that :func:`run` would start, with file numbers made up."""
+    with _session(command, options or Options()) as session:
+        names = ("console", "ctl", "tty") if session.guest.terminal else _CHANNELS
+        channels = [(name, fd) for fd, name in enumerate(names, 10)]
+        return qemu.command_line(session.machine, "INITRAMFS", channels, session.disks)
+
+
+_CHANNELS = ("console", "ctl", "out", "err", "in")
+
+
+@contextlib.contextmanager
+def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
+    """All but the boot: find the parts, build the module, make the disks."""
+    if options.memory < MINIMUM_MEMORY:
+        raise ValueError(f"the guest needs {MINIMUM_MEMORY >> 20} MiB of memory at least")
+    if options.cpus < 1 or options.timeout <= 0 or options.hugepages < 0:
+        raise ValueError("processors and time are positive numbers")
+    qemu.find_qemu()
+    kernel = find_kernel(options.kernel)
+    module: Path | None = None
+    if isinstance(options.module, Path) and options.module.suffix == ".ko":
+        module = options.module
+        if not module.exists():
+            raise FileNotFoundError(errno.ENOENT, "no such module", str(module))
+    elif options.module:
+        source = find_sources() if options.module is True else options.module
+        module = build_module(kernel, source.resolve())
+    accel, note = qemu.choose_accel(options.accel, kernel)
+    if note:
+        print(f"mshare lab: {note}", file=sys.stderr)
+    cwd = options.cwd or Path.cwd()
+    with contextlib.ExitStack() as stack:
+        disks = []
+        for name, size in (("disk", options.disk), ("swap", options.swap)):
+            if size:
+                disks.append((name, _blank_file(stack, size)))
+        if options.disk:
+            _make_ext4(disks[0][1])
+        guest = Guest(
+            command=command,
+            cwd=cwd,
+            environment=guest_environment(os.environ if options.env is None else options.env),
+            shown=[cwd, *_own_folders()],
+            module=module,
+            modules=needed_modules(kernel, bool(disks)),
+            terminal=options.terminal,
+            disk=bool(options.disk),
+            swap=bool(options.swap),
+        )
+        machine = qemu.Machine(
+            kernel=kernel,
+            memory=options.memory,
+            cpus=options.cpus,
+            accel=accel,
+            cpu_model=options.cpu_model,
+            kernel_args=options.kernel_args,
+            hugepages=options.hugepages,
+        )
+        log = None
+        if options.log:
+            log = stack.enter_context(options.log.open("wb", buffering=0)).fileno()
+        yield Session(
+            machine=machine,
+            guest=guest,
+            timeout=options.timeout,
+            boot_timeout=min(options.boot_timeout, options.timeout),
+            log=log,
+            disks=disks,
+        )
+
+
+def _own_folders() -> list[Path]:
+    """The checkout or installation this runs from, and its interpreter's."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parents[1]
+    own = checkout if (checkout / "pyproject.toml").exists() else package
+    return [own, Path(sys.prefix), Path(sys.base_prefix)]
+
+
+def _blank_file(stack: contextlib.ExitStack, size: int) -> int:
+    """A sparse file of ``size`` bytes without a name, so that nothing is left of it."""
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+    file.truncate(size)
+    return file.fileno()
+
+
+def _make_ext4(fd: int) -> None:
+    command = ["mke2fs", "-q", "-F", "-t", "ext4", f"/proc/self/fd/{fd}"]
+    try:
+        done = subprocess.run(
+            command,
+            pass_fds=(fd,),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"},
+        )
+    except FileNotFoundError:
+        wanted = apt_command(["e2fsprogs"])
+        raise FileNotFoundError(errno.ENOENT, f"not installed; try: {wanted}", "mke2fs") from None
+    if done.returncode:
+        raise OSError(errno.EIO, f"cannot make a file system: {done.stderr.strip()}", "mke2fs")
