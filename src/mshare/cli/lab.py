@@ -36,6 +36,7 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
     add("--disk", type=parse_size, default=0, metavar="SIZE", help="an ext4 disk at /mnt/disk")
     add("--swap", type=parse_size, default=0, metavar="SIZE", help="a swap device")
     add("--hugepages", type=int, default=0, metavar="N", help="huge pages of 2 MiB to reserve")
+    add("--write", type=Path, metavar="DIR", help="folder of the host that COMMAND may write to")
     add("--kernel-args", default="", metavar="ARGS", help="more kernel parameters")
     add("--cpu-model", default="", metavar="MODEL", help="processor for QEMU (max,la57=off)")
     add("--log", type=Path, metavar="FILE", help="write the kernel log there")
@@ -67,9 +68,10 @@ def main(args: argparse.Namespace) -> int:
         disk=args.disk,
         swap=args.swap,
         hugepages=args.hugepages,
+        write=args.write,
         kernel_args=args.kernel_args,
         log=args.log,
-        terminal=tuple(os.get_terminal_size(1)) if interactive else None,
+        terminal=_terminal_size() if interactive else None,
     )
     try:
         if args.dry_run:
@@ -108,6 +110,11 @@ def _explain(result: Result) -> None:
         if result.status != EXIT_REPORT:
             print(result.tail(), file=sys.stderr)
         print(f"mshare lab: {result.reason}", file=sys.stderr)
+
+
+def _terminal_size() -> tuple[int, int]:
+    columns, rows = os.get_terminal_size(1)
+    return columns, rows
 
 
 def _raw(action: Callable[[], Result]) -> Result:

@@ -9,18 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mshare.lab.images import cache_dir
 from mshare.lab.kernels import Kernel
 from mshare.lab.packages import PACKAGES, apt_command
 
 SOURCE_SUFFIXES = {".c", ".h", ".S"}
 SOURCE_NAMES = {"Kbuild", "Makefile", "Kconfig", "dkms.conf"}
 KEPT = 8
-
-
-def cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/mshare`` or ``~/.cache/mshare``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mshare"
 
 
 def find_sources() -> Path:
@@ -74,7 +69,9 @@ def build_module(kernel: Kernel, source: Path) -> Path:
 def _make(build: Path, folder: Path) -> Path:
     command = ["make", "-C", str(build), f"M={folder}", f"-j{os.cpu_count() or 1}", "modules"]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     except FileNotFoundError:
         raise FileNotFoundError(
             errno.ENOENT, f"not installed; try: {apt_command(PACKAGES)}", "make"

@@ -23,7 +23,7 @@ from mshare.lab.packages import apt_command
 COVERED = ("/tmp", "/run", "/dev", "/proc", "/sys")
 MOUNT_POINT = "/sys/fs/mshare"
 DISK = "/mnt/disk"
-END_OF_LOG = "mshare-lab: the command has ended"
+END_OF_LOG = "mshare-lab: end of log"
 _RUN = "/run/mshare-lab"
 _PASSED = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "TERM", "CI", "NO_COLOR", "VIRTUAL_ENV")
 _PASSED_PREFIXES = ("PYTHON", "PYTEST", "MSHARE", "LC_")
@@ -37,6 +37,7 @@ $b mount -t sysfs sys /sys
 $b mount -t devtmpfs dev /dev
 fail() {
     echo "mshare-lab: $*" > /dev/kmsg
+    echo "mshare-lab: end of log" > /dev/kmsg
     [ -n "$ctl" ] && echo "fail $*" >&3
     $b sleep 60
     $b poweroff -f
@@ -90,6 +91,12 @@ while read -r path; do
     $b mkdir -p "/new$path"
     $b mount -o bind "/keep$path" "/new$path" || fail "cannot show $path"
 done < /lab/shown
+if [ -s /lab/written ]; then
+    read -r path < /lab/written
+    $b mkdir -p "/new$path"
+    $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 written "/new$path" ||
+        fail "cannot mount $path"
+fi
 $b mkdir -p /new/run/mshare-lab
 $b cp -a /lab/. /bin/busybox /new/run/mshare-lab/
 exec $b switch_root /new /run/mshare-lab/busybox sh /run/mshare-lab/stage2
@@ -99,6 +106,7 @@ _STAGE2 = r"""lab=/run/mshare-lab
 b=$lab/busybox
 fail() {
     echo "mshare-lab: $*" > /dev/kmsg
+    echo "mshare-lab: end of log" > /dev/kmsg
     echo "fail $*" >&3
     $b sleep 60
     $b poweroff -f
@@ -183,7 +191,7 @@ if [ -e /sys/kernel/debug/kmemleak ]; then
     $b sleep 6
     echo scan > /sys/kernel/debug/kmemleak
 fi
-echo "mshare-lab: the command has ended" > /dev/kmsg
+echo "mshare-lab: end of log" > /dev/kmsg
 echo "exit $status" >&3
 $b sleep 60
 $b poweroff -f
@@ -203,6 +211,7 @@ class Guest:
     terminal: tuple[int, int] | None = None
     disk: bool = False
     swap: bool = False
+    written: Path | None = None
     mark: bytes = field(default_factory=lambda: os.urandom(24).hex().encode())
 
     def initramfs(self, busybox: bytes) -> bytes:
@@ -213,6 +222,8 @@ class Guest:
             "mark": self.mark,
             "shown": "".join(f"{path}\n" for path in self._shown()).encode(),
         }
+        if self.written:
+            lab["written"] = f"{self.written}\n".encode()
         if self.module:
             lab["module.ko"] = self.module.read_bytes()
             lab["module.name"] = self.module.stem.replace("-", "_").encode() + b"\n"

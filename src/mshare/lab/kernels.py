@@ -6,11 +6,11 @@ a path: a bzImage, or the top of a kernel build tree.
 
 import errno
 import lzma
-import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from mshare.lab.images import image_release
 from mshare.lab.packages import SERIES, apt_command, kernel_packages, version_key
 
 BOOT = Path("/boot")
@@ -113,24 +113,6 @@ def from_tree(tree: Path) -> Kernel:
     if missing:
         raise ValueError(f"{tree}: the lab needs these built in (=y): {' '.join(missing)}")
     return Kernel(release.read_text().strip(), image, tree, None)
-
-
-def image_release(image: Path) -> str:
-    """The release written in the header of a bzImage (Documentation/arch/x86/boot.rst)."""
-    try:
-        with image.open("rb") as file:
-            head = file.read(0x10000)
-    except PermissionError:
-        raise PermissionError(
-            errno.EACCES,
-            "the lab reads the kernel image as you; allow it with: sudo chmod a+r",
-            str(image),
-        ) from None
-    if len(head) < 0x210 or head[0x202:0x206] != b"HdrS":
-        raise ValueError(f"{image}: not a Linux bzImage")
-    (offset,) = struct.unpack_from("<H", head, 0x20E)
-    text = head[offset + 0x200 :].split(b"\0", 1)[0]
-    return text.split(b" ", 1)[0].decode()
 
 
 def needed_modules(kernel: Kernel, disks: bool) -> list[tuple[str, bytes]]:

@@ -5,14 +5,14 @@ import errno
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mshare.lab import qemu
-from mshare.lab.build import build_module, cache_dir, find_sources
+from mshare.lab.build import build_module, find_sources
 from mshare.lab.guest import Guest, guest_environment
+from mshare.lab.images import cache_dir
 from mshare.lab.kernels import find_kernel, needed_modules
 from mshare.lab.packages import apt_command
 from mshare.lab.session import Result, Session
@@ -25,8 +25,9 @@ class Options:
     """What to boot; memory, ``disk`` and ``swap`` in bytes, limits in seconds.
 
     ``kernel`` is a series, a path, or ``None`` for the newest installed; ``module`` is ``True``
-    for the one of this checkout, a folder of sources, a ``.ko`` file, or ``False``. ``terminal``
-    is ``(columns, rows)`` for an interactive command.
+    for the one of this checkout, a folder of sources, a ``.ko`` file, or ``False``. ``write`` is
+    a folder of the host that the command may write to. ``terminal`` is ``(columns, rows)`` for
+    an interactive command.
     """
 
     kernel: str | None = None
@@ -40,6 +41,7 @@ class Options:
     disk: int = 0
     swap: int = 0
     hugepages: int = 0
+    write: Path | None = None
     kernel_args: str = ""
     cwd: Path | None = None
     env: Mapping[str, str] | None = None
@@ -101,6 +103,9 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
     if note:
         print(f"mshare lab: {note}", file=sys.stderr)
     cwd = options.cwd or Path.cwd()
+    written = options.write.resolve() if options.write else None
+    if written and not written.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(written))
     with contextlib.ExitStack() as stack:
         disks = []
         for name, size in (("disk", options.disk), ("swap", options.swap)):
@@ -118,6 +123,7 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
             terminal=options.terminal,
             disk=bool(options.disk),
             swap=bool(options.swap),
+            written=written,
         )
         machine = qemu.Machine(
             kernel=kernel,
@@ -127,6 +133,7 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
             cpu_model=options.cpu_model,
             kernel_args=options.kernel_args,
             hugepages=options.hugepages,
+            written=written,
         )
         log = None
         if options.log:
@@ -153,9 +160,10 @@ def _blank_file(stack: contextlib.ExitStack, size: int) -> int:
     """A sparse file of ``size`` bytes without a name, so that nothing is left of it."""
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-    file.truncate(size)
-    return file.fileno()
+    fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    os.truncate(fd, size)
+    return fd
 
 
 def _make_ext4(fd: int) -> None:
@@ -163,6 +171,7 @@ def _make_ext4(fd: int) -> None:
     try:
         done = subprocess.run(
             command,
+            check=False,
             pass_fds=(fd,),
             capture_output=True,
             text=True,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mshare.lab.build import cache_dir
 from mshare.lab.guest import archive, read_busybox
+from mshare.lab.images import boot_image, cache_dir
 from mshare.lab.kernels import Kernel
 from mshare.lab.packages import apt_command
 
@@ -21,8 +21,10 @@ PROBE_SECONDS = 5.0
 _PROBE_MARK = b"mshare-lab: kvm works"
 
 #: Emulated processors are slow, and their host may be busy: what looks like a stall after
-#: 20 seconds is none. A real one is still reported, after a minute.
-_PATIENCE = "watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60"
+#: 20 seconds is none. A real one is still reported, after a minute. Their time stamp counters
+#: agree, which the kernel doubts.
+_EMULATED = "watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 tsc=reliable"
+_ROOT = "security_model=none,multidevs=remap"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Machine:
     cpu_model: str = ""
     kernel_args: str = ""
     hugepages: int = 0
+    written: Path | None = None
 
 
 def find_qemu() -> str:
@@ -62,7 +65,9 @@ def command_line(
     port; ``disks`` are ``(serial number, file descriptor)``.
     """
     kvm = machine.accel == "kvm"
-    arguments = ["console=ttyS0", "ignore_loglevel", "panic=-1", "oops=panic", _PATIENCE]
+    arguments = ["console=ttyS0", "ignore_loglevel", "panic=-1", "oops=panic"]
+    if not kvm:
+        arguments.append(_EMULATED)
     if machine.hugepages:
         arguments.append(f"hugepages={machine.hugepages}")
     if machine.kernel_args:
@@ -72,12 +77,12 @@ def command_line(
     command = [find_qemu(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     command += ["-machine", "q35", "-accel", "kvm" if kvm else "tcg,thread=multi", "-cpu", model]
     command += ["-smp", str(machine.cpus), "-m", f"{machine.memory >> 20}M"]
-    command += ["-kernel", str(machine.kernel.image), "-initrd", initramfs]
+    command += ["-kernel", str(boot_image(machine.kernel.image)), "-initrd", initramfs]
     command += ["-append", " ".join(arguments)]
-    command += [
-        "-virtfs",
-        "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
-    ]
+    command += ["-virtfs", f"local,path=/,mount_tag=root,readonly=on,{_ROOT}"]
+    if machine.written:
+        path = str(machine.written).replace(",", ",,")
+        command += ["-virtfs", f"local,path={path},mount_tag=written,{_ROOT}"]
     command += ["-device", "virtio-serial-pci,max_ports=8"]
     for name, fd in channels:
         command += ["-chardev", f"socket,id={name},fd={fd}"]
@@ -130,7 +135,7 @@ def choose_accel(wanted: str, kernel: Kernel) -> tuple[str, str]:
         return "tcg", ""
     if _kvm_works(kernel):
         return "kvm", ""
-    reason = f"{KVM} is here but does not boot this kernel within {PROBE_SECONDS:.0f} s"
+    reason = f"{KVM} is here but does not boot this kernel"
     if wanted == "kvm":
         raise OSError(errno.ENODEV, reason, str(KVM))
     return "tcg", f"{reason}; using emulation (slower)"
@@ -146,12 +151,9 @@ def _kvm_works(kernel: Kernel) -> bool:
         known = {}
     key = f"{boot} {kernel.release} {kernel.image}"
     if not isinstance(known, dict) or not isinstance(known.get(key), bool):
-        mine = (
-            {k: v for k, v in known.items() if k.startswith(boot)}
-            if isinstance(known, dict)
-            else {}
-        )
-        known = mine | {key: _probe(kernel)}
+        old = known if isinstance(known, dict) else {}
+        known = {name: value for name, value in old.items() if name.startswith(boot)}
+        known[key] = _probe(kernel)
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(known))

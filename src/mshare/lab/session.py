@@ -132,6 +132,7 @@ class Session:
                 self._ready = time.monotonic()
             elif word == "fail":
                 self._failure = rest
+                self._status_time = time.monotonic()
             elif word == "exit":
                 self._status = int(rest)
                 self._status_time = time.monotonic()
@@ -140,7 +141,7 @@ class Session:
         """Carry streams until all is said; return which limit was passed, or ``""``."""
         while True:
             said = self._said(streams)
-            if self._failure or feed.escaped or (said and not any(map(_waits, streams.values()))):
+            if feed.escaped or (said and not any(map(_waits, streams.values()))):
                 break
             limits = [(start + self.timeout, f"not done within {self.timeout:g} s")]
             if self._ready is None:
@@ -148,7 +149,7 @@ class Session:
                 limits.append((start + self.boot_timeout, late))
             if self._panic is not None:
                 limits.append((self._panic + _PANIC_SECONDS, "did not restart after its panic"))
-            if self._status is not None and not said:
+            if self._status_time and not said:
                 late = f"did not end within {_END_SECONDS:g} s of its command"
                 limits.append((self._status_time + _END_SECONDS, late))
             limit, reason = min(limits)
@@ -163,8 +164,10 @@ class Session:
         """Whether nothing more will come: QEMU has ended, or the guest has said so."""
         if not any(stream.open for stream in streams.values()):
             return True
-        if self._status is None or not self._log_ended:
+        if not self._status_time or not self._log_ended:
             return False
+        if self._failure:
+            return True
         if "tty" in streams:
             streams["tty"].receive()
             return True
