@@ -9,6 +9,8 @@ Why not virtme-ng, which does much of this: on one machine its guest was at the 
 error, and it leaves time limits and the module to us. What was left to add was as large as this.
 """
 
+from __future__ import annotations
+
 from mshare.lab.options import Options, command_line, run
 from mshare.lab.session import EXIT_LAB, EXIT_REPORT, EXIT_TIMEOUT, Result
 

@@ -1,5 +1,7 @@
 """Build the module for a kernel, out of the checkout, once per kernel and source text."""
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import hashlib

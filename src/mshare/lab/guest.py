@@ -9,6 +9,8 @@ The command gets pipes, not ports: a port can be opened once only, so ``/dev/std
 fail. When a stream has ended a mark follows it, so the host knows that nothing is missing.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import shlex
@@ -146,7 +148,9 @@ if [ -e $lab/disk ]; then
     $b chmod 1777 /mnt/disk
 fi
 if [ -e $lab/module.ko ]; then
-    $b insmod $lab/module.ko || fail "the module does not load"
+    insmod=/sbin/insmod
+    [ -x $insmod ] || insmod="$b insmod"
+    $insmod $lab/module.ko || fail "the module does not load"
     if [ -d /sys/fs/mshare ]; then
         $b mount -t msharefs msharefs /sys/fs/mshare || fail "cannot mount msharefs"
     fi

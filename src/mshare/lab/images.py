@@ -4,6 +4,8 @@ An emulated processor takes seconds to unpack an xz image; this machine does it 
 Offsets are those of Documentation/arch/x86/boot.rst.
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import lzma

@@ -4,6 +4,8 @@ A kernel is named by its series (``6.1``, ``6.12``: the newest installed ABI is 
 a path: a bzImage, or the top of a kernel build tree.
 """
 
+from __future__ import annotations
+
 import errno
 import lzma
 import subprocess

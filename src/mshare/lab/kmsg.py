@@ -5,6 +5,8 @@ lockdep, a sanitizer, a hung task, a lockup. Not reports: a failed page allocati
 out-of-memory kill, the crash of a user program.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """From what the caller wants to a session that is ready to run."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -52,7 +54,6 @@ class Options:
 def run(
     command: Sequence[str],
     options: Options | None = None,
-    *,
     stdin: int | bytes = b"",
     stdout: int | None = None,
     stderr: int | None = None,

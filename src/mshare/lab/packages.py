@@ -3,6 +3,8 @@
 ``python -m mshare.lab.packages`` prints them all, for a set-up script.
 """
 
+from __future__ import annotations
+
 import re
 import subprocess
 from collections.abc import Iterable

@@ -1,5 +1,7 @@
 """The QEMU command line, and whether KVM works here."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import json
@@ -135,7 +137,7 @@ def choose_accel(wanted: str, kernel: Kernel) -> tuple[str, str]:
         return "tcg", ""
     if _kvm_works(kernel):
         return "kvm", ""
-    reason = f"{KVM} is here but does not boot this kernel"
+    reason = "KVM is here but does not boot this kernel"
     if wanted == "kvm":
         raise OSError(errno.ENODEV, reason, str(KVM))
     return "tcg", f"{reason}; using emulation (slower)"

@@ -4,6 +4,8 @@ Nothing here blocks: a reader that does not read its end holds up its own stream
 time limits hold. Streams are passed on as they come and stay separate.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import select
@@ -85,7 +87,8 @@ class Stream:
 class Input:
     """The way into the guest, from ``source`` (a descriptor) or from ``waiting`` alone.
 
-    A byte equal to ``escape`` ends everything (an interactive terminal).
+    A byte equal to ``escape`` ends everything (an interactive terminal). While ``held``, what
+    comes waits: nobody in the guest listens yet.
     """
 
     target: socket.socket
@@ -93,6 +96,7 @@ class Input:
     waiting: bytearray = field(default_factory=bytearray)
     escape: bytes = b""
     escaped: bool = False
+    held: bool = False
     open: bool = True
 
     def receive(self) -> None:
@@ -142,7 +146,7 @@ def step(streams: Mapping[str, Stream], feed: Input | None, until: float) -> Non
     if feed and feed.open:
         if feed.source is not None and len(feed.waiting) < _LIMIT:
             watch(feed.source, select.POLLIN, feed.receive)
-        if feed.waiting or feed.source is None:
+        if not feed.held and (feed.waiting or feed.source is None):
             watch(feed.target.fileno(), select.POLLOUT, feed.send)
     for fd, event in events.items():
         poll.register(fd, event)

@@ -1,5 +1,7 @@
 """One boot from start to end: what happened, and which exit status that means."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import select
@@ -112,7 +114,8 @@ class Session:
             streams["err"] = Stream(near["err"], self.stderr, self.guest.mark)
             way_in = near["in"]
         if isinstance(self.stdin, int):
-            return streams, Input(way_in, self.stdin, escape=_ESCAPE * bool(self.guest.terminal))
+            shell = self.guest.terminal is not None
+            return streams, Input(way_in, self.stdin, escape=_ESCAPE * shell, held=shell)
         return streams, Input(way_in, None, bytearray(self.stdin))
 
     def _console(self, data: bytes) -> None:
@@ -141,6 +144,7 @@ class Session:
         """Carry streams until all is said; return which limit was passed, or ``""``."""
         while True:
             said = self._said(streams)
+            feed.held = feed.held and self._ready is None
             if feed.escaped or (said and not any(map(_waits, streams.values()))):
                 break
             limits = [(start + self.timeout, f"not done within {self.timeout:g} s")]
@@ -183,7 +187,7 @@ class Session:
         elif late:
             reason, status = late, EXIT_TIMEOUT
         elif feed.escaped:
-            reason, status = "ended by the terminal's escape", EXIT_LAB
+            reason, status = "ended from the terminal", EXIT_LAB
         elif self._status is None:
             said = os.pread(errors, 4096, 0).decode(errors="replace").strip()
             reason, status = said or "the machine stopped before the command ended", EXIT_LAB
