@@ -30,9 +30,7 @@ def find_sources() -> Path:
     for place in places:
         if _makefile(place):
             return place
-    raise FileNotFoundError(
-        errno.ENOENT, "no module sources here; use --no-module to do without", str(places[0])
-    )
+    raise FileNotFoundError(errno.ENOENT, "no module sources here", str(places[0]))
 
 
 def build_module(kernel: Kernel, source: Path) -> Path:
@@ -107,9 +105,10 @@ def _source_files(source: Path) -> list[Path]:
 def _digest(kernel: Kernel, source: Path, files: list[Path]) -> str:
     """Changes with any source file, and with the kernel tree it is built against."""
     digest = hashlib.sha256(str(kernel.build).encode())
-    if kernel.build is not None:
-        config = kernel.build / ".config"
-        digest.update(config.read_bytes() if config.exists() else b"")
+    for name in (".config", "Module.symvers"):
+        path = (kernel.build or Path()) / name
+        if path.exists():
+            digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     for file in files:
         digest.update(str(file.relative_to(source)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

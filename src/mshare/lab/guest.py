@@ -133,6 +133,7 @@ $b ln -sf /proc/self/fd/1 /dev/stdout
 $b ln -sf /proc/self/fd/2 /dev/stderr
 $b mount -t cgroup2 cgroup2 /sys/fs/cgroup
 echo "+memory +pids +cpu" > /sys/fs/cgroup/cgroup.subtree_control
+$b mount -t securityfs securityfs /sys/kernel/security 2> /dev/null
 $b mount -t debugfs debugfs /sys/kernel/debug 2> /dev/null
 $b mount -t tracefs tracefs /sys/kernel/tracing 2> /dev/null
 $b ip link set lo up
@@ -158,20 +159,26 @@ fi
 read -r uptime rest < /proc/uptime
 echo "ready $uptime" >&3
 if [ -e $lab/tty ]; then
-    $b setsid -c /bin/sh $lab/command < /dev/hvc0 > /dev/hvc0 2>&1 3>&- &
-    wait $!
+    $b setsid -c /bin/sh $lab/command < /dev/hvc0 > /dev/hvc0 2>&1 3>&-
     status=$?
     keep=
 else
+    # Each pipe is opened for both ways first: no open waits for the other end.
     $b mkfifo $lab/out $lab/err $lab/in
-    $b cat $lab/out >&4 3>&- 5>&- 6<&- &
+    exec 7<> $lab/out 8< $lab/out 9> $lab/out 7>&-
+    $b cat <&8 >&4 3>&- 5>&- 6<&- 8<&- 9>&- &
     keep=$!
-    $b cat $lab/err >&5 3>&- 4>&- 6<&- &
+    exec 8<&- 1>&9 9>&-
+    exec 7<> $lab/err 8< $lab/err 9> $lab/err 7>&-
+    $b cat <&8 >&5 3>&- 4>&- 6<&- 8<&- 9>&- &
     keep="$keep $!"
-    $b cat <&6 > $lab/in 3>&- 4>&- 5>&- &
-    $b setsid /bin/sh $lab/command < $lab/in > $lab/out 2> $lab/err 3>&- 4>&- 5>&- 6<&- &
-    wait $!
+    exec 7<> $lab/in 8< $lab/in
+    $b cat <&6 >&7 2> /dev/null 3>&- 4>&- 5>&- 7>&- 8<&- 9>&- &
+    exec 7>&-
+    # Not with "&": a shell starts such a command with SIGINT ignored.
+    $b setsid /bin/sh $lab/command <&8 2>&9 3>&- 4>&- 5>&- 6<&- 8<&- 9>&-
     status=$?
+    exec 1> /dev/console 8<&- 9>&-
 fi
 for entry in /proc/[0-9]*; do
     pid=${entry#/proc/}
@@ -252,7 +259,8 @@ class Guest:
         lines += [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
         if self.terminal:
             columns, rows = self.terminal
-            lines.append(f"stty cols {columns} rows {rows} 2> /dev/null")
+            if columns and rows:
+                lines.append(f"stty cols {columns} rows {rows}")
         lines.append(f"cd {shlex.quote(str(self.cwd))} || exit 125")
         lines.append("exec " + shlex.join(self.command))
         return "\n".join(lines) + "\n"

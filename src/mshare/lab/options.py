@@ -98,7 +98,7 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
         if not module.exists():
             raise FileNotFoundError(errno.ENOENT, "no such module", str(module))
     elif options.module:
-        source = find_sources() if options.module is True else options.module
+        source = _sources() if options.module is True else options.module
         module = build_module(kernel, source.resolve())
     accel, note = qemu.choose_accel(options.accel, kernel)
     if note:
@@ -147,6 +147,14 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
             log=log,
             disks=disks,
         )
+
+
+def _sources() -> Path:
+    try:
+        return find_sources()
+    except FileNotFoundError as error:
+        hint = f"{error.strerror}; say where with --module, or do without with --no-module"
+        raise FileNotFoundError(errno.ENOENT, hint, error.filename) from None
 
 
 def _own_folders() -> list[Path]:

@@ -43,6 +43,11 @@ def _available(pattern: str) -> list[str]:
     return [line.split(" ", 1)[0] for line in done.stdout.splitlines()]
 
 
+def apt_knows(package: str) -> bool:
+    """Whether apt has a package of that name."""
+    return package in _available(f"^{re.escape(package)}$")
+
+
 def kernel_packages(series: str) -> tuple[str, str]:
     """Image and headers package of the newest kernel of ``series`` that apt knows.
 
