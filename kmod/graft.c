@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Graft and ungraft: the only code that writes a guest's PUD entries.
+ *
+ * Who may free what: below a PUD entry in state SLOT_HOST or SLOT_BLANK
+ * everything belongs to the host mm, and only a layout change or the end of the
+ * region frees it, with all guests drained. The empty PMD page that the kernel
+ * made for the guest is parked while the host's is in its place. It is put back
+ * before the kernel frees or moves the guest's tables, so that the kernel frees
+ * what it counted.
+ *
+ * An entry goes back to none only while nothing can walk the guest's tables
+ * under its mmap_lock: walkers read the entry twice and take none as a table at
+ * physical address 0 the second time. With walkers about (madvise, the OOM
+ * reaper, a drain) it is pointed at the guest's own page or the blank one.
+ *
+ * Locks: guest->lock, inside it the guest's page_table_lock.
+ */
+#include <linux/smp.h>
+#include <asm/tlbflush.h>
+#include "mshare.h"
+#include "trace.h"
+
+static int nothing(pte_t *pte, unsigned long addr, void *data)
+{
+	return 0;
+}
+
+/* Also makes a PMD and a PTE page: addr must lie in a mapping that will free them. */
+int mshare_make_tables(struct mm_struct *mm, unsigned long addr)
+{
+	return apply_to_page_range(mm, addr, PAGE_SIZE, nothing, NULL);
+}
+
+/* NULL when the levels above do not exist. */
+pud_t *mshare_pudp(struct mm_struct *mm, unsigned long addr)
+{
+	pgd_t *pgd = pgd_offset(mm, addr);
+	p4d_t *p4d;
+
+	if (pgd_none(*pgd))
+		return NULL;
+	p4d = p4d_offset(pgd, addr);
+	return p4d_none(*p4d) ? NULL : pud_offset(p4d, addr);
+}
+
+static void flush_cpu(void *unused)
+{
+	__flush_tlb_all();
+}
+
+/*
+ * CPUs that run the mm are interrupted. Others find the new generation when they
+ * switch to it. The increment orders the cleared entry before the read of the
+ * mask, as the one in switch_mm orders the mask before the read of the generation.
+ */
+void mshare_flush_guest(struct mm_struct *mm)
+{
+	atomic64_inc_return(&mm->context.tlb_gen);
+	on_each_cpu_mask(mm_cpumask(mm), flush_cpu, NULL, true);
+}
+
+/*
+ * Every CPU and every address space in its TLB. Once each CPU has taken the
+ * interrupt, no lockless walker is left either that started before: those run
+ * with interrupts off.
+ */
+void mshare_flush_all(void)
+{
+	on_each_cpu(flush_cpu, NULL, true);
+}
+
+/* Caller holds the host's mmap_lock, and the guest's for read at least. */
+int mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
+{
+	unsigned long addr = win->start + (i << SLOT_SHIFT);
+	struct mm_struct *mm = mshare_mm(win);
+	struct mshare_slot *slot = &win->slot[i];
+	int err = 0;
+
+	spin_lock(&win->guest->lock);
+	if (win->guest->dead || win->closing || win->frozen || win->invalidating) {
+		err = -EAGAIN;
+	} else if (slot->state != SLOT_HOST) {
+		/* looked up here: once closing is seen the tables may be freed */
+		slot->pudp = mshare_pudp(mm, addr);
+		if (!slot->pudp) {
+			err = -EAGAIN;
+			goto out;
+		}
+		spin_lock(&mm->page_table_lock);
+		if (slot->state == SLOT_OWN)
+			slot->parked = READ_ONCE(*slot->pudp);
+		set_pud(slot->pudp, host);
+		spin_unlock(&mm->page_table_lock);
+		slot->state = SLOT_HOST;
+		atomic64_inc(&win->region->grafts);
+		trace_mshare_graft(win->region, addr, win->host + (i << SLOT_SHIFT));
+	}
+out:
+	spin_unlock(&win->guest->lock);
+	return err;
+}
+
+/* One pass over the slots; true when one has content but no PMD page in the host. */
+static bool graft_pass(struct mshare_window *win, bool make)
+{
+	struct mm_struct *mm = win->region->mm;
+	unsigned long i, addr, last;
+	struct vm_area_struct *vma;
+	bool missing = false;
+	pud_t *pudp;
+
+	for (i = 0; i < mshare_slots(win); i++) {
+		addr = win->host + (i << SLOT_SHIFT);
+		vma = find_vma_intersection(mm, addr, addr + SLOT_SIZE);
+		if (!vma)
+			continue;
+		last = min(vma->vm_end, addr + SLOT_SIZE) - PAGE_SIZE;
+		pudp = mshare_pudp(mm, addr);
+		if (make && (!pudp || pud_none(*pudp)) && !mshare_make_tables(mm, last))
+			pudp = mshare_pudp(mm, addr);
+		if (pudp && !pud_none(*pudp))
+			mshare_graft(win, i, READ_ONCE(*pudp));
+		else
+			missing = true;
+		cond_resched();
+	}
+	return missing;
+}
+
+/*
+ * Graft every slot that has content. What fails, for want of memory or because
+ * of a notifier range that is open, is left to the first fault.
+ * Caller holds the guest's mmap_lock.
+ */
+void mshare_graft_all(struct mshare_window *win)
+{
+	struct mm_struct *mm = win->region->mm;
+	bool missing;
+
+	if (READ_ONCE(win->frozen))
+		return;
+	mmap_read_lock(mm);
+	missing = graft_pass(win, false);
+	mmap_read_unlock(mm);
+	if (!missing)
+		return;
+	/* for write: a fault that puts a huge page there meanwhile must be kept out */
+	mmap_write_lock(mm);
+	graft_pass(win, true);
+	mmap_write_unlock(mm);
+}
+
+/*
+ * Take the host's tables out of the guest. With own set the entries end as the
+ * kernel left them, which needs the guest's mmap_lock held for write or the
+ * mapping out of its tree. Returns true when a flush of the guest must follow.
+ */
+bool mshare_ungraft(struct mshare_window *win, unsigned long start, unsigned long end, bool own)
+{
+	struct mm_struct *mm = mshare_mm(win);
+	bool changed = false;
+	unsigned long i;
+
+	lockdep_assert_held(&win->guest->lock);
+	start = max(start, win->start) & SLOT_MASK;
+	end = min(end, win->end);
+	for (i = (start - win->start) >> SLOT_SHIFT; i < mshare_slots(win); i++) {
+		unsigned long addr = win->start + (i << SLOT_SHIFT);
+		struct mshare_slot *slot = &win->slot[i];
+		bool hosted = slot->state == SLOT_HOST;
+
+		if (addr >= end)
+			break;
+		if (slot->state == SLOT_OWN || (slot->state == SLOT_BLANK && !own))
+			continue;
+		spin_lock(&mm->page_table_lock);
+		if (own || !pud_none(slot->parked)) {
+			set_pud(slot->pudp, slot->parked);
+			slot->parked = __pud(0);
+			slot->state = SLOT_OWN;
+		} else {
+			set_pud(slot->pudp, win->region->blank);
+			slot->state = SLOT_BLANK;
+		}
+		spin_unlock(&mm->page_table_lock);
+		changed = true;
+		if (!hosted)
+			continue;
+		atomic64_inc(&win->region->ungrafts);
+		trace_mshare_ungraft(win->region, addr, win->host + (i << SLOT_SHIFT));
+	}
+	return changed;
+}

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Life of a region and of its host mm.
+ *
+ * The region belongs to its inode. Names, open files and windows hold the inode,
+ * so the last of them to go frees it, whoever made it. By then no guest is left
+ * and the host mm goes the way of any mm, together with all tables below the
+ * grafted entries.
+ *
+ * Locks: mshare_regions_lock guards the list of all regions. What needs the host
+ * mm as current->mm runs on a kernel worker, one at a time per region, under
+ * region->layout or the inode lock that covers the setting of the size.
+ */
+#include <linux/file.h>
+#include <linux/kthread.h>
+#include <linux/memcontrol.h>
+#include <linux/mman.h>
+#include <linux/mutex.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+#include <linux/workqueue.h>
+#include "compat.h"
+#include "mshare.h"
+
+static DEFINE_MUTEX(mshare_regions_lock);
+static LIST_HEAD(mshare_regions);
+static struct workqueue_struct *mshare_wq;
+/* taken inside guests' mmap_locks: lockdep must tell them apart */
+static struct lock_class_key mshare_host_lock_class;
+
+#ifdef MSHARE_NEED_NO_COLLAPSE
+struct anon_vma mshare_no_collapse;
+#endif
+
+int mshare_region_init(void)
+{
+	mshare_wq = alloc_workqueue("mshare", WQ_UNBOUND, 0);
+	return mshare_wq ? 0 : -ENOMEM;
+}
+
+void mshare_region_exit(void)
+{
+	destroy_workqueue(mshare_wq);
+}
+
+struct host_work {
+	struct work_struct work;
+	struct mshare_region *r;
+	struct mem_cgroup *memcg;
+	int (*fn)(struct mshare_region *r, void *arg);
+	void *arg;
+	int err;
+};
+
+static void host_worker(struct work_struct *work)
+{
+	struct host_work *hw = container_of(work, struct host_work, work);
+	struct mem_cgroup *old = set_active_memcg(hw->memcg);
+	struct mm_struct *mm = hw->r->mm;
+
+	if (mm)
+		kthread_use_mm(mm);
+	hw->err = hw->fn(hw->r, hw->arg);
+	if (mm)
+		kthread_unuse_mm(mm);
+	set_active_memcg(old);
+}
+
+/* Run fn on a kernel worker with the host mm as its own; the caller's group pays. */
+int mshare_host_run(struct mshare_region *r, int (*fn)(struct mshare_region *r, void *arg),
+		    void *arg)
+{
+	struct host_work hw = { .r = r, .fn = fn, .arg = arg };
+
+	hw.memcg = get_mem_cgroup_from_mm(current->mm);
+	INIT_WORK_ONSTACK(&hw.work, host_worker);
+	queue_work(mshare_wq, &hw.work);
+	flush_work(&hw.work);
+	destroy_work_on_stack(&hw.work);
+	mem_cgroup_put(hw.memcg);
+	return hw.err;
+}
+
+/* Map one page that nobody touches: its slot's tables are the blank ones. */
+static int make_blank(struct mshare_region *r, struct mm_struct *mm, struct file *file)
+{
+	unsigned long addr;
+	int err;
+
+	addr = vm_mmap(file, MSHARE_BLANK, PAGE_SIZE, PROT_READ, MAP_SHARED | MAP_FIXED, 0);
+	if (IS_ERR_VALUE(addr))
+		return addr;
+	mmap_write_lock(mm);
+	err = mshare_make_tables(mm, MSHARE_BLANK);
+	if (!err)
+		r->blank = *mshare_pudp(mm, MSHARE_BLANK);
+	mmap_write_unlock(mm);
+	return err;
+}
+
+/* The worker has no mm of its own to inherit from, and no signals. */
+static int make_host(struct mshare_region *r, void *file)
+{
+	struct mm_struct *mm = mshare_mm_alloc();
+	int err;
+
+	if (!mm)
+		return -ENOMEM;
+	lockdep_set_class(&mm->mmap_lock, &mshare_host_lock_class);
+#ifdef CONFIG_MEMCG
+	mm->owner = NULL;	/* this worker, which will be gone */
+#endif
+	mm->task_size = TASK_SIZE_MAX;
+	mm->mmap_base = MSHARE_RW;
+	mshare_init_search(mm);
+	mshare_forbid_scan(mm);
+
+	kthread_use_mm(mm);
+	err = make_blank(r, mm, file);
+	kthread_unuse_mm(mm);
+	if (!err) {
+		r->mn.ops = &mshare_host_ops;
+		err = mmu_notifier_register(&r->mn, mm);
+	}
+	if (err) {
+		mmput(mm);
+		return err;
+	}
+	r->mm = mm;
+	return 0;
+}
+
+/* Inode lock held. A size is set once; setting it again to the same is no change. */
+int mshare_region_set_size(struct mshare_region *r, loff_t size)
+{
+	struct file *file;
+	int err;
+
+	if (size == r->size)
+		return 0;
+	if (r->size || size <= 0 || size & ~SLOT_MASK)
+		return -EINVAL;
+	if (size > MSHARE_MAX_SIZE)
+		return -EFBIG;
+	file = mshare_shmem_file(r, PAGE_SIZE, VM_NORESERVE);
+	if (IS_ERR(file))
+		return PTR_ERR(file);
+	err = mshare_host_run(r, make_host, file);
+	fput(file);
+	if (!err)
+		smp_store_release(&r->size, size);
+	return err;
+}
+
+struct mshare_region *mshare_region_new(struct super_block *sb)
+{
+	struct mshare_region *r = kzalloc(sizeof(*r), GFP_KERNEL_ACCOUNT);
+
+	if (!r)
+		return NULL;
+	mutex_init(&r->layout);
+	spin_lock_init(&r->lock);
+	INIT_LIST_HEAD(&r->windows);
+	init_waitqueue_head(&r->thaw);
+	r->sb = sb;
+	mutex_lock(&mshare_regions_lock);
+	list_add(&r->all, &mshare_regions);
+	mutex_unlock(&mshare_regions_lock);
+	return r;
+}
+
+/* The inode is going: no name, no open file, no window. Never fails, waits for no process. */
+void mshare_region_free(struct mshare_region *r)
+{
+	mutex_lock(&mshare_regions_lock);
+	list_del(&r->all);
+	mutex_unlock(&mshare_regions_lock);
+	if (r->mm) {
+		mmu_notifier_unregister(&r->mn, r->mm);
+		mmput(r->mm);
+	}
+	kfree(r);
+}
+
+/*
+ * Pages of content in memory. Neighbouring mappings of one file are counted
+ * together, up to what of the file is in memory.
+ */
+u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
+{
+	unsigned long addr = MSHARE_RW, end = MSHARE_RW + smp_load_acquire(&r->size);
+	u64 pages = 0, total = 0, run = 0;
+	struct address_space *last = NULL;
+	struct vm_area_struct *vma;
+
+	if (addr != end) {
+		mmap_read_lock(r->mm);
+		for (; (vma = find_vma_intersection(r->mm, addr, end)); addr = vma->vm_end) {
+			if (last != vma->vm_file->f_mapping) {
+				if (last)
+					pages += min_t(u64, run, last->nrpages);
+				last = vma->vm_file->f_mapping;
+				run = 0;
+			}
+			run += vma_pages(vma);
+			total += vma_pages(vma);
+		}
+		if (last)
+			pages += min_t(u64, run, last->nrpages);
+		mmap_read_unlock(r->mm);
+	}
+	if (mapped)
+		*mapped = total << PAGE_SHIFT;
+	if (last_end)
+		*last_end = addr - MSHARE_RW;
+	return pages << PAGE_SHIFT;
+}
+
+u64 mshare_sb_resident(struct super_block *sb)
+{
+	struct mshare_region *r;
+	u64 bytes = 0;
+
+	mutex_lock(&mshare_regions_lock);
+	list_for_each_entry(r, &mshare_regions, all)
+		if (r->sb == sb)
+			bytes += mshare_region_resident(r, NULL, NULL);
+	mutex_unlock(&mshare_regions_lock);
+	return bytes;
+}
