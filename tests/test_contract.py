@@ -17,9 +17,17 @@ import pytest
 
 import mshare
 from mshare.engines import Engine
+from mshare.sizes import round_up
 from tests.conftest import SubPython
 
 SIZE = 4 << 20
+
+
+def full(engine: Engine) -> int:
+    """Bytes a region of SIZE has on this engine."""
+    return round_up(SIZE, engine.granule)
+
+
 BAD_NAMES = ["", "x" * 256, "a/b", "/a", "a\0b", "..", ".", ".hidden", "región", "new\nline"]
 BAD_SIZES = [0, -1, -4096, 1, 4097, "0", "-4K", "4Q", "", "G", "nan", "inf", "1.0001K", "lots"]
 HUGE_SIZES = ["32T", 1 << 62, "9999P"]
@@ -30,7 +38,7 @@ def test_create_attach_share(engine: Engine, name: str) -> None:
     writer = mshare.create(name, SIZE, engine=engine.name)
     with writer, mshare.attach(name, readonly=True) as reader:
         assert reader.engine == engine.name
-        assert reader.size == writer.size == len(reader) == SIZE
+        assert reader.size == writer.size == len(reader) == full(engine)
         memoryview(writer)[100:105] = b"hello"
         assert bytes(memoryview(reader)[100:105]) == b"hello"
         assert bytes(memoryview(reader)[:100]) == bytes(100)
@@ -40,7 +48,7 @@ def test_new_region_is_zero(engine: Engine, name: str) -> None:
     """A region starts as zeros, also after one that was not."""
     for _ in range(2):
         with mshare.create(name, SIZE, engine=engine.name) as region:
-            array = region.asarray("uint64")
+            array = region.asarray("uint64", SIZE // 8)
             assert not array.any()
             array[:] = 7
         mshare.unlink(name)
@@ -87,12 +95,12 @@ def test_list_and_stat(engine: Engine, name: str) -> None:
     (listed,) = (each for each in mshare.list() if each.name == name)
     assert listed == mshare.stat(name) == region.stat()
     assert listed.engine == engine.name
-    assert listed.size == SIZE
-    assert listed.resident == SIZE
+    assert listed.size == full(engine)
+    assert listed.resident == (SIZE if engine.reserves else 0)
     assert before - 1 <= listed.created <= time.time() + 1
     assert listed.backing is None
     region.unlink()
-    assert region.stat().size == SIZE
+    assert region.stat().size == full(engine)
     assert name not in {each.name for each in mshare.list(engine.name)}
     with pytest.raises(FileNotFoundError):
         mshare.stat(name)
@@ -143,7 +151,7 @@ def test_bad_names(engine: Engine, bad: str) -> None:
         lambda: mshare.attach(bad, engine=engine.name),
         lambda: mshare.unlink(bad, engine=engine.name),
         lambda: mshare.stat(bad, engine=engine.name),
-        lambda: mshare.mshare(bad, 0, SIZE, os.O_RDWR | os.O_CREAT),
+        lambda: mshare.mshare(bad, 0, full(engine), os.O_RDWR | os.O_CREAT),
     ):
         with pytest.raises(OSError, match="name") as caught:
             call()
@@ -300,7 +308,7 @@ def test_one_winner_of_a_hundred(engine: Engine, name: str) -> None:
     os.close(go)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     assert sorted(codes) == [0] + [17] * 99
-    assert mshare.stat(name).resident == SIZE
+    assert mshare.stat(name).resident == (SIZE if engine.reserves else 0)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -319,12 +327,14 @@ def dying(*args, **kwargs):
 setattr(os, sys.argv[3], dying)
 mshare.create(sys.argv[1], 4 << 20, engine=sys.argv[2])
 """
+    if call == "posix_fallocate" and not engine.reserves:
+        call = "ftruncate"
     result = python(code, name, engine.name, call, after)
     assert result.returncode == -signal.SIGKILL, result.stderr
     found = [region for region in mshare.list() if region.name == name]
     assert bool(found) == (call == "link" and after)
     if found:
-        assert found[0].resident == SIZE
+        assert found[0].resident == (SIZE if engine.reserves else 0)
         mshare.attach(name).close()
         mshare.unlink(name)
     mshare.create(name, SIZE, engine=engine.name).close()
@@ -334,7 +344,8 @@ def test_failed_creation_leaves_nothing(
     engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error on the way leaves no name, no memory and no descriptor."""
-    for call in ("ftruncate", "posix_fallocate", "fchmod", "link", "fstat"):
+    reserving = ["posix_fallocate"] if engine.reserves else []
+    for call in ("ftruncate", *reserving, "fchmod", "link", "fstat"):
         descriptors = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patch:
 
@@ -367,7 +378,7 @@ if sys.argv[2] != "None":
         assert result.returncode == (0 if end is None else -end), result.stderr
         assert result.stderr == ""
         assert memoryview(region)[0] == 42
-        assert mshare.stat(name).size == SIZE
+        assert mshare.stat(name).size == full(engine)
 
 
 def test_at_an_address(engine: Engine, name: str) -> None:
@@ -379,7 +390,7 @@ def test_at_an_address(engine: Engine, name: str) -> None:
         with pytest.raises(FileExistsError):
             mshare.attach(name, address=address)
         with pytest.raises(ValueError, match="multiple"):
-            mshare.attach(name, address=address + SIZE + 1)
+            mshare.attach(name, address=address + full(engine) + 1)
         copy = pickle.dumps(region)
     with pickle.loads(copy) as region:
         assert region.address == address
@@ -405,15 +416,17 @@ def test_attach_by_descriptor(engine: Engine, name: str) -> None:
 
 
 def test_layout_calls(engine: Engine, name: str, tmp_path: Path) -> None:
-    """What the engine can't do is EOPNOTSUPP and names the engine that can."""
-    if engine.layout_calls:
-        pytest.skip("this engine can: its own tests show it")
+    """They work, or are EOPNOTSUPP and name the engine that can."""
+    (tmp_path / "file").write_bytes(b"content")
     with mshare.create(name, SIZE, engine=engine.name) as region:
         for call in (
             partial(region.map, tmp_path / "file"),
-            partial(region.unmap, 0, 4096),
             partial(region.protect, 0, 4096, readonly=True),
+            partial(region.unmap, 0, 4096),
         ):
+            if engine.name == "msharefs":
+                call()
+                continue
             with pytest.raises(OSError, match="msharefs") as caught:
                 call()
             assert caught.value.errno == errno.EOPNOTSUPP
@@ -430,8 +443,7 @@ def test_backing(engine: Engine, name: str, tmp_path: Path) -> None:
         assert name not in {region.name for region in mshare.list()}
         return
     with mshare.create(name, backing=file, engine=engine.name) as region:
-        assert region.size == 40000
-        assert mshare.stat(name).backing == os.fspath(file)
+        assert 40000 <= region.size <= 40960
         region.asarray("int64")[1] = -1
         with mshare.attach(name, readonly=True) as reader:
             assert reader.asarray("int64")[:3].tolist() == [0, -1, 2]
@@ -503,7 +515,7 @@ def test_every_file_of_an_engine_is_a_plain_file(engine: Engine, name: str) -> N
     mshare.create(name, SIZE, 0o640, engine=engine.name).close()
     info = os.stat(os.path.join(engine.directory(), name))
     assert st.S_ISREG(info.st_mode)
-    assert (st.S_IMODE(info.st_mode), info.st_size) == (0o640, SIZE)
+    assert (st.S_IMODE(info.st_mode), info.st_size) == (0o640, full(engine))
 
 
 def _add_one(region: mshare.Region) -> int:

@@ -101,17 +101,17 @@ def _place_aligned(fd: int, size: int, prot: int, alignment: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _memory_type(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
-    """The type of ``size`` mapped bytes that unmap themselves when nobody looks into them."""
+def _memory_type(size: int, mapped: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    """The type of ``size`` of ``mapped`` bytes, unmapped when nobody looks into them any more."""
 
     def unmap(memory: Any, call: Any = _munmap, where: Any = ctypes.addressof) -> None:
-        call(where(memory), size)
+        call(where(memory), mapped)
 
     body = {"_type_": ctypes.c_ubyte, "_length_": size, "__del__": unmap}
     return type("Memory", (ctypes.Array,), body)
 
 
-def own(address: int, size: int, *, readonly: bool) -> memoryview:
-    """A view of ``size`` mapped bytes at ``address`` that unmaps them when the last view dies."""
-    view = memoryview(_memory_type(size).from_address(address)).cast("B")
+def own(address: int, size: int, mapped: int, *, readonly: bool) -> memoryview:
+    """A view of the first ``size`` of ``mapped`` bytes; its last copy to die unmaps them all."""
+    view = memoryview(_memory_type(size, mapped).from_address(address)).cast("B")
     return view.toreadonly() if readonly else view

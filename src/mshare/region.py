@@ -9,8 +9,8 @@ import math
 import operator
 import os
 import stat as st
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
@@ -18,9 +18,9 @@ from mshare import engines, mapping
 from mshare.buffer import Exporter
 from mshare.engines import Engine, Stat
 from mshare.engines.base import DEFAULT_MODE, exists
-from mshare.errors import invalid, unsupported
+from mshare.errors import invalid
 from mshare.names import check_name, creating
-from mshare.sizes import region_size
+from mshare.sizes import PAGE_SIZE, region_size, round_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,13 +49,14 @@ class Region(Exporter):
                 raise invalid("what has this name is not a region", name)
             self._name, self._engine, self._readonly = name, engine, readonly
             self._fixed = address
-            self._size, self._mode = info.st_size, st.S_IMODE(info.st_mode)
-            self._address = engine.place(fd, self._size, readonly=readonly, address=address)
+            self._whole, self._mode = info.st_size, st.S_IMODE(info.st_mode)
+            self._size = engine.extent(fd, self._whole)
+            self._address = engine.place(fd, self._whole, readonly=readonly, address=address)
         except BaseException:
             self._fd = -1
             os.close(fd)
             raise
-        self._b_target = mapping.own(self._address, self._size, readonly=readonly)
+        self._b_target = mapping.own(self._address, self._size, self._whole, readonly=readonly)
 
     @property
     def name(self) -> str:
@@ -146,7 +147,7 @@ class Region(Exporter):
 
     def map(
         self,
-        file: PathOrFd,
+        file: PathOrFd | None,
         offset: int = 0,
         length: SupportsIndex | str | None = None,
         readonly: bool = False,
@@ -155,26 +156,52 @@ class Region(Exporter):
     ) -> None:
         """Put ``length`` bytes of a file from ``file_offset`` into the region at ``offset``.
 
-        :raises OSError: EOPNOTSUPP where the engine can't (see ``mshare doctor``).
+        In place of what is there, for every process. Offsets are whole pages of 4096 bytes.
+
+        :param file: a path, an open descriptor, or None for fresh memory, all zeros.
+        :param length: by default to the file's end, or with None to the region's.
+        :param readonly: nobody may write to it through the region.
+        :raises OSError: EOPNOTSUPP where the engine can't (see ``mshare doctor``), or the file
+            can't be shared; EACCES without the right to write.
         """
-        raise self._fixed_layout("map files into a region")
+        self._check_layout(offset, 0)
+        with _opened(file, readonly=readonly) as fd:
+            if length is not None:
+                size = region_size(length)
+            elif fd is None:
+                size = self._whole - offset
+            else:
+                size = round_up(os.fstat(fd).st_size, PAGE_SIZE) - file_offset
+            if file_offset < 0 or file_offset % PAGE_SIZE or size <= 0:
+                raise invalid("not a range of whole pages of the file", (file_offset, size))
+            self._check_layout(offset, size)
+            self._engine.map(
+                self.fileno(), self._name, fd, offset, size, file_offset, readonly=readonly
+            )
 
     def unmap(self, offset: int, length: SupportsIndex | str) -> None:
-        """Take away what is mapped at ``offset``; touching it is then SIGSEGV.
+        """Take away what is mapped at ``offset``; touching it is then SIGSEGV, for everybody.
 
-        :raises OSError: EOPNOTSUPP where the engine can't.
+        :raises OSError: EOPNOTSUPP where the engine can't; EACCES without the right to write.
         """
-        raise self._fixed_layout("unmap a part of a region")
+        size = region_size(length)
+        self._check_layout(offset, size)
+        self._engine.unmap(self.fileno(), self._name, offset, size)
 
     def protect(self, offset: int, length: SupportsIndex | str, *, readonly: bool) -> None:
-        """Forbid or allow writing to a part of the region, for every process at once.
+        """Forbid or allow writing to a part of the region.
 
-        :raises OSError: EOPNOTSUPP where the engine can't.
+        When it returns no process can write there any more, or every writable attachment can.
+
+        :raises OSError: EOPNOTSUPP where the engine can't; EACCES without the right to write.
         """
-        raise self._fixed_layout("protect a part of a region")
+        size = region_size(length)
+        self._check_layout(offset, size)
+        self._engine.protect(self.fileno(), self._name, offset, size, readonly=readonly)
 
-    def _fixed_layout(self, what: str) -> OSError:
-        return unsupported(what, self.engine, "msharefs", self._name)
+    def _check_layout(self, offset: int, size: int) -> None:
+        if offset < 0 or offset % PAGE_SIZE or offset + size > self._whole:
+            raise invalid(f"not whole pages inside the region of {self._whole} bytes", offset)
 
     def unlink(self) -> None:
         """Remove the region's name; see :func:`unlink`."""
@@ -215,6 +242,20 @@ class Region(Exporter):
         return (
             f"<mshare.Region '{self._name}' {self._size} bytes, {self.engine}, {access}, {state}>"
         )
+
+
+@contextmanager
+def _opened(file: PathOrFd | None, *, readonly: bool) -> Iterator[int | None]:
+    """A descriptor of ``file`` for the length of the block; one that was given stays open."""
+    if file is None or isinstance(file, int):
+        yield file
+        return
+    access = os.O_RDONLY if readonly else os.O_RDWR
+    fd = os.open(file, access | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _reattach(name: str, readonly: bool, engine: str, address: int | None) -> Region:

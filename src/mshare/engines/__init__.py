@@ -11,11 +11,12 @@ from contextlib import suppress
 
 from mshare.engines.base import Check, Engine, Stat
 from mshare.engines.hugetlb import Hugetlb
+from mshare.engines.msharefs import Msharefs
 from mshare.engines.shm import Shm
 from mshare.errors import invalid
 from mshare.sizes import PAGE_SIZE
 
-ENGINES: tuple[Engine, ...] = (Hugetlb(), Shm())
+ENGINES: tuple[Engine, ...] = (Msharefs(), Hugetlb(), Shm())
 _search = tuple(sorted(ENGINES, key=lambda engine: engine.scans))
 """Where a name is looked up: first the engine that had the last one."""
 

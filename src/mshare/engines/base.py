@@ -12,7 +12,7 @@ import errno
 import os
 import stat as st
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
@@ -66,8 +66,8 @@ class Engine(ABC):
     """Whether ``backing=`` works."""
     scans: ClassVar[bool] = False
     """Whether finding the directory takes a look at all mounts, so that it is tried last."""
-    layout_calls: ClassVar[bool] = False
-    """Whether ``map``, ``unmap`` and ``protect`` work."""
+    reserves: ClassVar[bool] = True
+    """Whether a region has all its memory from the start."""
 
     variable: ClassVar[str]
     """The environment variable that names another directory for the regions."""
@@ -105,13 +105,18 @@ class Engine(ABC):
         :raises FileExistsError: the name is taken.
         :raises OSError: ENOSPC when the memory is not there; ENODEV without a place for it.
         """
+        whole = round_up(size, self.granule)
+        self._publish(name, mode, lambda fd: self.reserve(fd, whole, name))
+
+    def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> None:
+        """Make a file without a name, have it filled, and link it as ``name``."""
         directory = self._made_directory()
         path = f"{directory}/{name}"
         if os.path.lexists(path):
             raise exists(name)
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            self.reserve(fd, round_up(size, self.granule), name)
+            fill(fd)
             os.fchmod(fd, mode)
             parent = os.open(directory, os.O_PATH | os.O_CLOEXEC)
             try:
@@ -124,11 +129,46 @@ class Engine(ABC):
             os.close(fd)
 
     def create_over(self, name: str, file: str | int) -> None:
-        """Make the region ``name`` over a file, by path or descriptor, where that is possible.
+        """Make the region ``name`` over a file, by path or descriptor.
 
         :raises OSError: EOPNOTSUPP when this engine can't.
         """
-        raise unsupported("put a file into a region", self.name, "shm", name)
+        raise unsupported("put a file into a region", self.name, "msharefs and shm", name)
+
+    def map(
+        self,
+        fd: int,
+        name: str,
+        file: int | None,
+        offset: int,
+        size: int,
+        file_offset: int,
+        *,
+        readonly: bool,
+    ) -> None:
+        """Put ``size`` bytes of an open file, or fresh memory, into the region ``fd``.
+
+        :raises OSError: EOPNOTSUPP when this engine can't.
+        """
+        raise unsupported("map into a region", self.name, "msharefs", name)
+
+    def unmap(self, fd: int, name: str, offset: int, size: int) -> None:
+        """Take away what is mapped in a part of the region ``fd``.
+
+        :raises OSError: EOPNOTSUPP when this engine can't.
+        """
+        raise unsupported("unmap a part of a region", self.name, "msharefs", name)
+
+    def protect(self, fd: int, name: str, offset: int, size: int, *, readonly: bool) -> None:
+        """Forbid or allow writing to a part of the region ``fd``, for every process.
+
+        :raises OSError: EOPNOTSUPP when this engine can't.
+        """
+        raise unsupported("protect a part of a region", self.name, "msharefs", name)
+
+    def extent(self, fd: int, size: int) -> int:
+        """Bytes of the region ``fd``, whose file has ``size``, that hold content."""
+        return size
 
     def open(self, name: str, *, readonly: bool) -> int:
         """A descriptor of the region's file.

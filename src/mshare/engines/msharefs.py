@@ -1,0 +1,194 @@
+"""Engine ``msharefs``: the kernel module, which shares page tables of any memory.
+
+A region is a file of msharefs, and one set of page tables that every attachment points at.
+Memory is not reserved at creation: it comes with the first touch, charged to the process that
+touches. The calls are those of ``docs/abi.md``, spoken with ``fcntl.ioctl``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat as st
+import struct
+from contextlib import suppress
+from typing import ClassVar, NamedTuple
+
+from mshare import mapping
+from mshare.engines.base import Check, Engine
+from mshare.errors import invalid
+from mshare.memory import meminfo
+from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
+
+MOUNT_POINT = "/sys/fs/mshare"
+
+
+def _iow(number: int, layout: str) -> int:
+    return 1 << 30 | struct.calcsize(layout) << 16 | ord("x") << 8 | number
+
+
+_MAPPING = "=QQQIIIxxxx"
+_RANGE = "=QQ"
+_PROTECTION = "=QQII"
+_INFO = "=II12Q"
+_INFO_SIZE = struct.calcsize(_INFO)
+CREATE_MAPPING = _iow(0, _MAPPING)
+UNMAP = _iow(1, _RANGE)
+PROTECT = _iow(2, _PROTECTION)
+INFO = _iow(3, _INFO) | 2 << 30
+
+
+class Msharefs(Engine):
+    """Regions as files of the msharefs mounted on ``/sys/fs/mshare``."""
+
+    name: ClassVar[str] = "msharefs"
+    summary: ClassVar[str] = "page tables shared between all processes"
+    variable: ClassVar[str] = "MSHARE_MSHAREFS_DIR"
+    maps_files: ClassVar[bool] = True
+    reserves: ClassVar[bool] = False
+
+    def directory(self) -> str:
+        return self.chosen or MOUNT_POINT
+
+    @property
+    def granule(self) -> int:
+        """What the file system says in ``mshare_info``: bytes one shared table covers."""
+        with suppress(OSError, ValueError), open(f"{self.directory()}/mshare_info") as file:
+            return int(file.read())
+        return SLOT_SIZE
+
+    def check(self, size: int = PAGE_SIZE) -> Check:
+        directory = self.directory()
+        if not os.path.exists(f"{directory}/mshare_info"):
+            if os.path.isdir(directory):
+                why, cure = "msharefs is not mounted", f"mount -t msharefs msharefs {directory}"
+                return Check(False, why, cure)
+            return Check(False, "the kernel module is not loaded", "mshare module load")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            return Check(False, f"no permission to write {directory}", f"chmod 1777 {directory}")
+        fields = meminfo()
+        whole = fields["MemTotal"] + fields["SwapTotal"]
+        if size > whole:
+            return Check(False, f"memory and swap are {human(whole)}, {human(size)} are needed")
+        return Check(True, f"mounted on {directory}")
+
+    def reserve(self, fd: int, size: int, name: str) -> None:
+        check = self.check(size)
+        if not check.works:
+            raise OSError(errno.ENOSPC, f"no room for the region: {check.why}", name)
+        os.ftruncate(fd, size)
+        self.map(fd, name, None, 0, size, 0, readonly=False)
+
+    def create_over(self, name: str, file: str | int) -> None:
+        fd = file if isinstance(file, int) else open_content(file)
+        try:
+            info = os.fstat(fd)
+            if not st.S_ISREG(info.st_mode):
+                raise invalid("a region can only be put over a regular file", file)
+            if not info.st_size:
+                raise invalid("a region can't be put over an empty file", file)
+            readonly = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            size = round_up(info.st_size, PAGE_SIZE)
+
+            def fill(region: int) -> None:
+                os.ftruncate(region, round_up(size, self.granule))
+                self.map(region, name, fd, 0, size, 0, readonly=readonly)
+
+            self._publish(name, st.S_IMODE(info.st_mode) & 0o777, fill)
+        finally:
+            if fd is not file:
+                os.close(fd)
+
+    def map(
+        self,
+        fd: int,
+        name: str,
+        file: int | None,
+        offset: int,
+        size: int,
+        file_offset: int,
+        *,
+        readonly: bool,
+    ) -> None:
+        flags = mapping.MAP_SHARED | mapping.MAP_FIXED
+        if file is None:
+            flags |= mapping.MAP_ANONYMOUS
+        prot = _prot(readonly)
+        number = 0 if file is None else file
+        args = struct.pack(_MAPPING, offset, size, file_offset, prot, flags, number)
+        _call(fd, CREATE_MAPPING, args, "map", name)
+
+    def unmap(self, fd: int, name: str, offset: int, size: int) -> None:
+        _call(fd, UNMAP, struct.pack(_RANGE, offset, size), "unmap", name)
+
+    def protect(self, fd: int, name: str, offset: int, size: int, *, readonly: bool) -> None:
+        args = struct.pack(_PROTECTION, offset, size, _prot(readonly), 0)
+        _call(fd, PROTECT, args, "protect", name)
+
+    def extent(self, fd: int, size: int) -> int:
+        return info(fd).mapped_end or size
+
+    @property
+    def unit(self) -> int:
+        return self.granule
+
+
+def _prot(readonly: bool) -> int:
+    return mapping.PROT_READ if readonly else mapping.PROT_READ | mapping.PROT_WRITE
+
+
+_REASONS = {
+    errno.EOPNOTSUPP: "only regular files in the page cache can be shared (no hugetlbfs, no DAX)",
+    errno.EACCES: "the region, or the file, is not open for writing",
+    errno.ENOMEM: "no memory for it",
+    errno.EINVAL: "the kernel module refused the range",
+}
+
+
+def _call(fd: int, code: int, args: bytes, what: str, name: str) -> None:
+    """One ioctl that changes the layout. :raises OSError: with what the errno means here."""
+    try:
+        fcntl.ioctl(fd, code, args)
+    except OSError as error:
+        number = error.errno or errno.EIO
+        reason = _REASONS.get(number, os.strerror(number))
+        raise OSError(number, f"can't {what}: {reason}", name) from None
+
+
+def open_content(path: str) -> int:
+    """Open a file to be shared: for writing if that is allowed.
+
+    :raises OSError: with the path, as open(2).
+    """
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.EISDIR):
+            message = f"the file for the region: {error.strerror}"
+            raise OSError(error.errno, message, path) from None
+    return os.open(path, os.O_RDONLY | flags)
+
+
+class Info(NamedTuple):
+    """What the kernel counts for a region: bytes, slots, and events since it was made."""
+
+    region_size: int
+    alignment: int
+    attachments: int
+    grafts: int
+    ungrafts: int
+    faults: int
+    flushes: int
+    layout_changes: int
+    pagetable_bytes: int
+    resident_bytes: int
+    mapped_bytes: int
+    mapped_end: int
+
+
+def info(fd: int) -> Info:
+    """The counters of the region open as ``fd``. :raises OSError: it is not of msharefs."""
+    answer = fcntl.ioctl(fd, INFO, struct.pack(_INFO, _INFO_SIZE, 0, *[0] * len(Info._fields)))
+    return Info(*struct.unpack(_INFO, answer)[2:])
