@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -185,3 +186,13 @@ for _ in range(2):
 """
     result = python(code, name, MSHARE_HUGETLB_DIR="")
     assert result.returncode == 0, result.stderr
+
+
+def test_mount_without_our_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody made a region yet, one that is looked for is not found, and that is all."""
+    monkeypatch.setattr(module, "_mounts", lambda: [str(tmp_path)])
+    engine = module.Hugetlb()
+    engine.chosen = None
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            engine.open("nothing", readonly=True)

@@ -53,6 +53,14 @@ def parse_size(size: SupportsIndex | str) -> int:
     return number
 
 
+def parse_offset(offset: str) -> int:
+    """Bytes from a string as for :func:`parse_size`, or 0.
+
+    :raises InvalidValue: EINVAL when it is not a size.
+    """
+    return 0 if offset.strip() == "0" else parse_size(offset)
+
+
 def region_size(size: SupportsIndex | str) -> int:
     """Bytes of a region from ``size``, checked as every engine would.
 

@@ -17,7 +17,20 @@ from typing import Any, NoReturn
 
 import mshare
 
-COMMANDS = ("create", "ls", "stat", "rm", "cp-in", "bench", "doctor")
+COMMANDS = (
+    "create",
+    "ls",
+    "stat",
+    "rm",
+    "cp-in",
+    "map",
+    "unmap",
+    "protect",
+    "bench",
+    "doctor",
+    "module",
+    "lab",
+)
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 it could not be done, a message says why; 2 wrong usage;

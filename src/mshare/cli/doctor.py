@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 
-from mshare import engines
+from mshare import engines, module
 from mshare.cli.output import print_json
 from mshare.sizes import PAGE_SIZE, human, region_size
 
@@ -21,6 +21,8 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     size = region_size(args.size) if args.size else PAGE_SIZE
     checks = {engine.name: engine.check(size) for engine in engines.ENGINES}
+    if not checks["msharefs"].works:
+        checks["msharefs"] = _module_check(checks["msharefs"])
     best = next((name for name, check in checks.items() if check.works), None)
     if args.json:
         print_json(
@@ -44,6 +46,15 @@ def main(args: argparse.Namespace) -> int:
         for engine in engines.ENGINES:
             _show(engine, checks[engine.name], engine.name == best)
     return 0 if best else 1
+
+
+def _module_check(check: engines.Check) -> engines.Check:
+    """Why the module does not serve here: the first obstacle, and the others as notes."""
+    problems = module.status().problems
+    if not problems:
+        return check
+    (why, cure), *others = problems
+    return engines.Check(False, why, cure, tuple(f"{what}; then: {how}" for what, how in others))
 
 
 def _show(engine: engines.Engine, check: engines.Check, best: bool) -> None:

@@ -14,6 +14,8 @@ from mshare.sizes import human
 SUMMARY = "show one region"
 EXAMPLE = "  mshare stat features"
 
+_BYTES = ("alignment", "pagetable_bytes", "resident_bytes", "mapped_bytes", "mapped_end")
+
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
@@ -23,8 +25,9 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     region = mshare.stat(args.name, engine=args.engine)
+    counters = engines.by_name(region.engine).counters(region.name)
     if args.json:
-        print_json(region._asdict())
+        print_json(region._asdict() | ({"counters": counters} if counters else {}))
         return 0
     created = datetime.fromtimestamp(region.created).astimezone()
     lines = {
@@ -39,6 +42,10 @@ def main(args: argparse.Namespace) -> int:
     }
     if region.broken:
         lines["broken"] = f"{region.broken}; remove it: mshare rm {region.name}"
+    for field, count in counters.items():
+        if field != "region_size":
+            shown = human(count) if field in _BYTES else f"{count:,}"
+            lines[field.removesuffix("_bytes").replace("_", " ")] = shown
     for key, value in lines.items():
-        print(f"{key + ':':<11}{value}")
+        print(f"{key + ':':<16}{value}")
     return 0

@@ -211,6 +211,10 @@ class Engine(ABC):
         """The region whose file is open as ``fd``, also when its name is gone."""
         return Engine._stat(self, name, os.fstat(fd))
 
+    def counters(self, name: str) -> dict[str, int]:
+        """What the kernel counts for the region ``name``; empty where it counts nothing."""
+        return {}
+
     def list(self) -> Iterator[Stat]:
         """All regions of this engine, in no order."""
         try:

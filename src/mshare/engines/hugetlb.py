@@ -95,7 +95,8 @@ class Hugetlb(Engine):
         return Check(True, f"{free} free huge pages of {human(page)}")
 
     def _open_missing(self, name: str, *, readonly: bool) -> int:
-        if self._forget():
+        before = self._found
+        if self._forget() and self.directory() != before:
             return self.open(name, readonly=readonly)
         return super()._open_missing(name, readonly=readonly)
 

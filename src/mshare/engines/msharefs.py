@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from mshare import mapping
-from mshare.engines.base import Check, Engine
+from mshare.engines.base import Check, Engine, Stat
 from mshare.errors import invalid
 from mshare.memory import meminfo
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
@@ -128,6 +128,20 @@ class Msharefs(Engine):
 
     def extent(self, fd: int, size: int) -> int:
         return info(fd).mapped_end or size
+
+    def stat(self, name: str) -> Stat:
+        if name == "mshare_info":
+            raise FileNotFoundError(errno.ENOENT, "no such region", name)
+        return super().stat(name)
+
+    def counters(self, name: str) -> dict[str, int]:
+        with suppress(PermissionError):
+            fd = self.open(name, readonly=True)
+            try:
+                return info(fd)._asdict()
+            finally:
+                os.close(fd)
+        return {}
 
     @property
     def unit(self) -> int:
