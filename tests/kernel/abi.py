@@ -184,9 +184,11 @@ class Child:
                 answer = (True, work(*args))
             except BaseException:
                 answer = (False, traceback.format_exc())
-            with os.fdopen(writing, "wb") as pipe:
-                pickle.dump(answer, pipe)
-            os._exit(0)
+            try:
+                with os.fdopen(writing, "wb") as pipe:
+                    pickle.dump(answer, pipe)
+            finally:
+                os._exit(0)
         os.close(writing)
         self._reading = reading
 
@@ -202,8 +204,8 @@ class Child:
 
     def signal(self) -> int | None:
         """The signal it died by, or None."""
-        os.close(self._reading)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._reading)
         return -status if status < 0 else None
 
     def kill(self) -> None:
