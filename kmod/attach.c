@@ -7,7 +7,6 @@
  * that grafts; a window joins its region's list and its guest's list before.
  */
 #include <linux/mman.h>
-#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include "compat.h"
 #include "mshare.h"
@@ -30,22 +29,6 @@ void mshare_window_put(struct mshare_window *win)
 	kref_put(&win->ref, window_free);
 }
 
-/*
- * The registration gives up when a signal is pending. fork cannot pass that on
- * and would leave a child with a dead window.
- */
-static struct mshare_guest *guest_get(struct mm_struct *mm)
-{
-	struct mmu_notifier *mn;
-	sigset_t all, old;
-
-	sigfillset(&all);
-	sigprocmask(SIG_BLOCK, &all, &old);
-	mn = mmu_notifier_get_locked(&mshare_guest_ops, mm);
-	sigprocmask(SIG_SETMASK, &old, NULL);
-	return IS_ERR(mn) ? ERR_CAST(mn) : container_of(mn, struct mshare_guest, mn);
-}
-
 static struct mshare_window *window_new(struct vm_area_struct *vma, struct mshare_region *r,
 					unsigned long host, bool moving)
 {
@@ -56,7 +39,7 @@ static struct mshare_window *window_new(struct vm_area_struct *vma, struct mshar
 	win = kvzalloc(struct_size(win, slot, slots), GFP_KERNEL_ACCOUNT);
 	if (!win)
 		return ERR_PTR(-ENOMEM);
-	guest = guest_get(vma->vm_mm);
+	guest = mshare_guest_get(vma->vm_mm);
 	if (IS_ERR(guest)) {
 		kvfree(win);
 		return ERR_CAST(guest);
@@ -212,7 +195,7 @@ void mshare_set_ops(struct mshare_window *win)
 int mshare_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct mshare_region *r = file_inode(file)->i_private;
-	unsigned long size = smp_load_acquire(&r->size);
+	unsigned long size = mshare_size(r);
 	unsigned long len = vma->vm_end - vma->vm_start;
 	unsigned long offset = vma->vm_pgoff << PAGE_SHIFT;
 	struct mshare_window *win;
@@ -233,7 +216,8 @@ int mshare_mmap(struct file *file, struct vm_area_struct *vma)
 	mshare_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP,
 			 VM_MAYEXEC | (vma->vm_flags & VM_WRITE ? 0 : VM_MAYWRITE));
 	vma->vm_private_data = NULL;
-	win = window_new(vma, r, (vma->vm_flags & VM_WRITE ? MSHARE_RW : MSHARE_RO) + offset, false);
+	offset += vma->vm_flags & VM_WRITE ? MSHARE_RW : MSHARE_RO;
+	win = window_new(vma, r, offset, false);
 	if (IS_ERR(win))
 		return PTR_ERR(win);
 	err = make_upper(win);

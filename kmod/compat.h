@@ -16,8 +16,10 @@
 #include <linux/sched/coredump.h>
 #include <linux/version.h>
 
+#define MSHARE_SINCE(major, minor) (LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
+
 /* 6.12: whether every table page has its own lock is a configuration symbol */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+#if MSHARE_SINCE(6, 12)
 #define MSHARE_SPLIT_LOCKS	(IS_ENABLED(CONFIG_SPLIT_PTE_PTLOCKS) && \
 				 IS_ENABLED(CONFIG_SPLIT_PMD_PTLOCKS))
 #else
@@ -25,7 +27,7 @@
 #endif
 
 /* 6.3: file-system calls take an idmapping instead of a user namespace */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
+#if MSHARE_SINCE(6, 3)
 #define mshare_idmap mnt_idmap
 #define mshare_no_idmap nop_mnt_idmap
 #else
@@ -34,7 +36,7 @@
 #endif
 
 /* 6.3, 6.6: generic_fillattr() takes an idmapping, then the request mask too */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 6, 0)
+#if MSHARE_SINCE(6, 6)
 #define mshare_fillattr(idmap, mask, inode, stat) generic_fillattr(idmap, mask, inode, stat)
 #else
 #define mshare_fillattr(idmap, mask, inode, stat) generic_fillattr(idmap, inode, stat)
@@ -43,7 +45,7 @@
 /* 6.7: inode times are reached through helpers only */
 static inline void mshare_inode_times(struct inode *inode, bool fresh)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+#if MSHARE_SINCE(6, 7)
 	if (fresh)
 		simple_inode_init_ts(inode);
 	else
@@ -60,7 +62,7 @@ static inline void mshare_inode_times(struct inode *inode, bool fresh)
 static inline void mshare_flags_mod(struct vm_area_struct *vma, unsigned long set,
 				    unsigned long clear)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
+#if MSHARE_SINCE(6, 3)
 	vm_flags_mod(vma, set, clear);
 #else
 	vma->vm_flags = (vma->vm_flags & ~clear) | set;
@@ -70,14 +72,14 @@ static inline void mshare_flags_mod(struct vm_area_struct *vma, unsigned long se
 /* 6.4: mappings have a lock each, and a fault may hold that instead of mmap_lock */
 static inline void mshare_vma_start_write(struct vm_area_struct *vma)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+#if MSHARE_SINCE(6, 4)
 	vma_start_write(vma);
 #endif
 }
 
 static inline bool mshare_vma_locked(unsigned int flags)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+#if MSHARE_SINCE(6, 4)
 	return flags & FAULT_FLAG_VMA_LOCK;
 #else
 	return false;
@@ -86,7 +88,7 @@ static inline bool mshare_vma_locked(unsigned int flags)
 
 static inline void mshare_fault_unlock(struct vm_fault *vmf)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+#if MSHARE_SINCE(6, 4)
 	release_fault_lock(vmf);
 #else
 	mmap_read_unlock(vmf->vma->vm_mm);
@@ -94,28 +96,28 @@ static inline void mshare_fault_unlock(struct vm_fault *vmf)
 }
 
 /* 6.6: ->huge_fault() takes an order instead of an enum */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 6, 0)
+#if MSHARE_SINCE(6, 6)
 #define MSHARE_HUGE_ARG unsigned int order
 #else
 #define MSHARE_HUGE_ARG enum page_entry_size size
 #endif
 
 /* 6.6: ->invalidate_range() became ->arch_invalidate_secondary_tlbs() */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 6, 0)
+#if MSHARE_SINCE(6, 6)
 #define mshare_op_flush arch_invalidate_secondary_tlbs
 #else
 #define mshare_op_flush invalidate_range
 #endif
 
 /* 6.7: ->get_policy() also fills the interleave index */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+#if MSHARE_SINCE(6, 7)
 #define MSHARE_POLICY_ARGS struct vm_area_struct *vma, unsigned long addr, pgoff_t *ilx
 #else
 #define MSHARE_POLICY_ARGS struct vm_area_struct *vma, unsigned long addr
 #endif
 
 /* 6.10: the search for free addresses is no longer a pointer in the mm */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 10, 0)
+#if MSHARE_SINCE(6, 10)
 static inline unsigned long mshare_search(struct file *file, unsigned long addr, unsigned long len,
 					  unsigned long flags)
 {
@@ -154,7 +156,7 @@ static inline void mshare_init_search(struct mm_struct *mm)
  * mm that it believes to have on its list already. The dummy is never locked
  * nor walked, because the mapping's anon_vma_chain stays empty.
  */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 5, 0)
+#if MSHARE_SINCE(6, 5)
 static inline void mshare_forbid_scan(struct mm_struct *mm)
 {
 }
@@ -174,6 +176,7 @@ static inline void mshare_forbid_collapse(struct vm_area_struct *vma, bool forbi
 {
 	WRITE_ONCE(vma->anon_vma, forbid ? &mshare_no_collapse : NULL);
 }
+
 #define MSHARE_NEED_NO_COLLAPSE
 #endif
 

@@ -17,7 +17,7 @@ static int check_range(struct mshare_region *r, u64 offset, u64 size)
 	u64 end;
 
 	if (!size || !PAGE_ALIGNED(offset | size) || check_add_overflow(offset, size, &end) ||
-	    end > smp_load_acquire(&r->size))
+	    end > mshare_size(r))
 		return -EINVAL;
 	return 0;
 }
@@ -111,7 +111,7 @@ static long info(struct mshare_region *r, void __user *arg)
 	if (room < offsetofend(struct mshare_info, region_size))
 		return -EINVAL;
 	out.size = min_t(u32, room, sizeof(out));
-	out.region_size = smp_load_acquire(&r->size);
+	out.region_size = mshare_size(r);
 	out.attachments = atomic_read(&r->nr_windows);
 	out.grafts = atomic64_read(&r->grafts);
 	out.ungrafts = atomic64_read(&r->ungrafts);

@@ -256,7 +256,8 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 	if (!err) {
 		if (args.write_notify)
 			WRITE_ONCE(r->write_notify, true);
-		err = mshare_layout(r, MSHAREFS_CREATE_MAPPING, do_map, &args, req->region_offset, req->size);
+		err = mshare_layout(r, MSHAREFS_CREATE_MAPPING, do_map, &args,
+				    req->region_offset, req->size);
 	}
 	if (req->flags & MAP_ANONYMOUS)
 		fput(args.file);

@@ -32,6 +32,7 @@ static struct mm_struct *no_mm_alloc(void)
 {
 	return NULL;
 }
+
 DEFINE_STATIC_CALL(mshare_mm_alloc_call, no_mm_alloc);
 
 struct mm_struct *mshare_mm_alloc(void)
@@ -87,8 +88,7 @@ static void __exit mshare_exit(void)
 {
 	unregister_filesystem(&mshare_fs_type);
 	sysfs_remove_mount_point(fs_kobj, "mshare");
-	/* the last guest notifiers are freed behind a grace period */
-	mmu_notifier_synchronize();
+	mshare_guests_forget();
 	mshare_region_exit();
 }
 

@@ -34,9 +34,9 @@
  * out of a process while others may be walking there. A file is tried in the
  * stage before it replaces anything.
  */
-#define MSHARE_BLANK	(1UL << SLOT_SHIFT)
+#define MSHARE_BLANK	SLOT_SIZE
 #define MSHARE_MAX_SIZE	(32UL << 40)
-#define MSHARE_RW	(1UL << 40)
+#define MSHARE_RW	(SLOT_SIZE << 10)
 #define MSHARE_STAGE	(MSHARE_RW + MSHARE_MAX_SIZE)
 #define MSHARE_RO	(MSHARE_STAGE + MSHARE_MAX_SIZE)
 
@@ -45,7 +45,7 @@ struct mshare_region {
 	unsigned long size;		/* set once, after mm */
 	struct mmu_notifier mn;		/* on the host mm */
 	pud_t blank;
-	struct mutex layout;
+	struct mutex layout;		/* one change at a time */
 	spinlock_t lock;		/* windows, frozen, pass */
 	struct list_head windows;
 	bool frozen;
@@ -61,9 +61,10 @@ struct mshare_region {
 /* One per process mm that has a window, found through its mmu notifier. */
 struct mshare_guest {
 	struct mmu_notifier mn;
-	spinlock_t lock;
+	spinlock_t lock;		/* windows and all their slots */
 	struct list_head windows;
 	bool dead;			/* the mm is exiting: never graft again */
+	struct list_head known;		/* of notify.c */
 };
 
 /*
@@ -102,6 +103,13 @@ static inline struct mm_struct *mshare_mm(const struct mshare_window *win)
 static inline unsigned long mshare_slots(const struct mshare_window *win)
 {
 	return (win->end - win->start) >> SLOT_SHIFT;
+}
+
+/* Once it is seen to be set, so is the mm. */
+static inline unsigned long mshare_size(const struct mshare_region *r)
+{
+	/* pairs with the release in mshare_region_set_size() */
+	return smp_load_acquire(&r->size);
 }
 
 /* fs.c */
@@ -151,7 +159,8 @@ void mshare_flush_guest(struct mm_struct *mm);
 void mshare_flush_all(void);
 
 /* notify.c */
-extern const struct mmu_notifier_ops mshare_guest_ops;
+struct mshare_guest *mshare_guest_get(struct mm_struct *mm);
+void mshare_guests_forget(void);
 extern const struct mmu_notifier_ops mshare_host_ops;
 
 /* fault.c */

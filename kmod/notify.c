@@ -7,10 +7,14 @@
  * Locks: the guest's callbacks take guest->lock, and ->release the guest's
  * mmap_lock. The host's callback runs under page-table locks and takes none.
  */
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
+
+static DEFINE_SPINLOCK(known_lock);	/* innermost; guests that hold our own reference */
+static LIST_HEAD(known_guests);
 
 /*
  * Unmapping and moving are the two operations that free or move the tables
@@ -59,6 +63,18 @@ static void guest_end(struct mmu_notifier *mn, const struct mmu_notifier_range *
 	spin_unlock(&guest->lock);
 }
 
+static void forget(struct mshare_guest *guest)
+{
+	bool known;
+
+	spin_lock(&known_lock);
+	known = !list_empty(&guest->known);
+	list_del_init(&guest->known);
+	spin_unlock(&known_lock);
+	if (known)
+		mmu_notifier_put(&guest->mn);
+}
+
 /* The mmap_lock keeps the OOM reaper out, the one walker an exiting mm still has. */
 static void guest_release(struct mmu_notifier *mn, struct mm_struct *mm)
 {
@@ -75,6 +91,7 @@ static void guest_release(struct mmu_notifier *mn, struct mm_struct *mm)
 	if (changed)
 		mshare_flush_guest(mm);
 	mmap_write_unlock(mm);
+	forget(guest);
 }
 
 static struct mmu_notifier *guest_alloc(struct mm_struct *mm)
@@ -85,6 +102,7 @@ static struct mmu_notifier *guest_alloc(struct mm_struct *mm)
 		return ERR_PTR(-ENOMEM);
 	spin_lock_init(&guest->lock);
 	INIT_LIST_HEAD(&guest->windows);
+	INIT_LIST_HEAD(&guest->known);
 	return &guest->mn;
 }
 
@@ -93,13 +111,63 @@ static void guest_free(struct mmu_notifier *mn)
 	kfree(container_of(mn, struct mshare_guest, mn));
 }
 
-const struct mmu_notifier_ops mshare_guest_ops = {
+static const struct mmu_notifier_ops guest_ops = {
 	.invalidate_range_start = guest_start,
 	.invalidate_range_end = guest_end,
 	.release = guest_release,
 	.alloc_notifier = guest_alloc,
 	.free_notifier = guest_free,
 };
+
+/*
+ * The guest of an mm, with a reference; the mmap_lock is held for write. The
+ * registration takes every lock of the mm, so it is done once: a reference of
+ * our own keeps it until the mm or the module goes.
+ *
+ * It gives up when a signal is pending, which fork cannot pass on: it would
+ * leave a child with a dead window.
+ */
+struct mshare_guest *mshare_guest_get(struct mm_struct *mm)
+{
+	struct mshare_guest *guest;
+	struct mmu_notifier *mn;
+	sigset_t all, old;
+
+	sigfillset(&all);
+	sigprocmask(SIG_BLOCK, &all, &old);
+	mn = mmu_notifier_get_locked(&guest_ops, mm);
+	sigprocmask(SIG_SETMASK, &old, NULL);
+	if (IS_ERR(mn))
+		return ERR_CAST(mn);
+	guest = container_of(mn, struct mshare_guest, mn);
+	if (list_empty(&guest->known)) {
+		/* finds it: no locks, cannot fail */
+		mmu_notifier_get_locked(&guest_ops, mm);
+		spin_lock(&known_lock);
+		list_add(&guest->known, &known_guests);
+		spin_unlock(&known_lock);
+	}
+	return guest;
+}
+
+/* No region is left, so no guest has a window or gets one. */
+void mshare_guests_forget(void)
+{
+	struct mshare_guest *guest;
+
+	for (;;) {
+		spin_lock(&known_lock);
+		guest = list_first_entry_or_null(&known_guests, struct mshare_guest, known);
+		if (guest)
+			list_del_init(&guest->known);
+		spin_unlock(&known_lock);
+		if (!guest)
+			break;
+		mmu_notifier_put(&guest->mn);
+	}
+	/* they are freed behind a grace period, in which a release may still run */
+	mmu_notifier_synchronize();
+}
 
 /*
  * The host's entries have changed already. A window that is counted only after
@@ -110,7 +178,7 @@ static void host_flush(struct mmu_notifier *mn, struct mm_struct *mm, unsigned l
 {
 	struct mshare_region *r = container_of(mn, struct mshare_region, mn);
 
-	smp_mb();
+	smp_mb();	/* as said above */
 	if (!atomic_read(&r->nr_windows))
 		return;
 	atomic64_inc(&r->flushes);

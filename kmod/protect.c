@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * PROTECT: change the rights of the writable view. The read-only view has none
- * to take away. The kernel exports no mprotect for another mm, so each mapping
- * in the range is mapped anew over itself; the content stays in its file and
- * the first access of each page finds it there.
+ * to take away. The kernel exports no mprotect for another mm. A mapping that
+ * lies in the range as a whole, on small pages, is changed where it is. Of any
+ * other the part in the range is mapped anew over itself; the content stays in
+ * its file, and the first access of each page finds it there.
  *
- * Locks: as in layout.c.
+ * Locks: as in layout.c. Every guest is drained and flushed before, so no TLB
+ * holds an entry of the tables that change here.
  */
 #include <linux/file.h>
 #include <linux/mman.h>
+#include <linux/swap.h>
+#include <linux/swapops.h>
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
@@ -19,13 +23,76 @@ struct piece {
 	unsigned long addr, len, offset, prot;
 };
 
-/* False at the end of the range. The file is returned with a reference. */
-static bool next_piece(struct mm_struct *mm, unsigned long addr, unsigned long end,
-		       struct piece *p)
+/* The page-table lock is held. A page on the move must not come back writable. */
+static int readonly_pte(pte_t *ptep, unsigned long addr, void *mm)
+{
+	pte_t pte = *ptep;
+	swp_entry_t entry;
+
+	if (pte_present(pte)) {
+		if (pte_write(pte))
+			ptep_set_wrprotect(mm, addr, ptep);
+	} else if (!pte_none(pte)) {
+		entry = pte_to_swp_entry(pte);
+		if (is_writable_migration_entry(entry)) {
+			entry = make_readable_migration_entry(swp_offset(entry));
+			set_pte_at(mm, addr, ptep, swp_entry_to_pte(entry));
+		}
+	}
+	return 0;
+}
+
+static bool has_huge(struct mm_struct *mm, struct vm_area_struct *vma)
+{
+	unsigned long addr, next;
+	pud_t *pudp;
+	pmd_t pmd;
+
+	for (addr = vma->vm_start; addr < vma->vm_end; addr = next) {
+		next = pmd_addr_end(addr, vma->vm_end);
+		pudp = mshare_pudp(mm, addr);
+		if (!pudp || pud_none(*pudp))
+			continue;
+		pmd = READ_ONCE(*pmd_offset(pudp, addr));
+		if (!pmd_none(pmd) && pmd_bad(pmd))
+			return true;
+	}
+	return false;
+}
+
+/* Host's mmap_lock held for write. -EAGAIN: it must be mapped anew. */
+static int change_in_place(struct mm_struct *mm, struct vm_area_struct *vma, unsigned long prot)
+{
+	int err = 0;
+
+	if ((prot & PROT_WRITE) && !(vma->vm_flags & VM_MAYWRITE))
+		return -EACCES;
+	if (has_huge(mm, vma))
+		return -EAGAIN;
+	if (prot & PROT_WRITE)
+		mshare_flags_mod(vma, VM_WRITE, 0);
+	else
+		mshare_flags_mod(vma, 0, VM_WRITE);
+	/* private rights: an entry becomes writable in a write fault only, as files need it */
+	vma->vm_page_prot = vm_get_page_prot(vma->vm_flags & ~VM_SHARED);
+	if (!(prot & PROT_WRITE))
+		err = apply_to_existing_page_range(mm, vma->vm_start, vma->vm_end - vma->vm_start,
+						   readonly_pte, mm);
+	return err;
+}
+
+/*
+ * Find the next mapping and change it in place if that can be done. Returns its
+ * state: 0 done, -EAGAIN to be mapped anew, -ENOENT at the end of the range. The
+ * file comes with a reference.
+ */
+static int next_piece(struct mm_struct *mm, unsigned long addr, unsigned long end,
+		      unsigned long prot, struct piece *p)
 {
 	struct vm_area_struct *vma;
+	int err = -ENOENT;
 
-	mmap_read_lock(mm);
+	mmap_write_lock(mm);
 	vma = find_vma_intersection(mm, addr, end);
 	if (vma) {
 		p->addr = max(addr, vma->vm_start);
@@ -33,9 +100,15 @@ static bool next_piece(struct mm_struct *mm, unsigned long addr, unsigned long e
 		p->offset = (vma->vm_pgoff << PAGE_SHIFT) + (p->addr - vma->vm_start);
 		p->prot = PROT_READ | (vma->vm_flags & VM_WRITE ? PROT_WRITE : 0);
 		p->file = get_file(vma->vm_file);
+		if (p->prot == prot)
+			err = 0;
+		else if (p->len == vma->vm_end - vma->vm_start)
+			err = change_in_place(mm, vma, prot);
+		else
+			err = -EAGAIN;
 	}
-	mmap_read_unlock(mm);
-	return vma;
+	mmap_write_unlock(mm);
+	return err;
 }
 
 static int remap(const struct piece *p, unsigned long prot)
@@ -56,8 +129,11 @@ static int do_protect(struct mshare_region *r, void *data)
 	int err = 0;
 
 	mshare_settle(r, false);
-	while (!err && next_piece(r->mm, addr, end, &p)) {
-		if (p.prot != req->prot) {
+	while (!err) {
+		err = next_piece(r->mm, addr, end, req->prot, &p);
+		if (err == -ENOENT)
+			break;
+		if (err == -EAGAIN) {
 			err = remap(&p, req->prot);
 			if (err)
 				remap(&p, p.prot);
@@ -66,7 +142,7 @@ static int do_protect(struct mshare_region *r, void *data)
 		addr = p.addr + p.len;
 	}
 	mshare_settle(r, true);
-	return err;
+	return err == -ENOENT ? 0 : err;
 }
 
 int mshare_layout_protect(struct mshare_region *r, const struct mshare_protect *req)

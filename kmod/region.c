@@ -148,7 +148,7 @@ int mshare_region_set_size(struct mshare_region *r, loff_t size)
 	err = mshare_host_run(r, make_host, file);
 	fput(file);
 	if (!err)
-		smp_store_release(&r->size, size);
+		smp_store_release(&r->size, size);	/* after mm */
 	return err;
 }
 
@@ -188,7 +188,7 @@ void mshare_region_free(struct mshare_region *r)
  */
 u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 {
-	unsigned long addr = MSHARE_RW, end = MSHARE_RW + smp_load_acquire(&r->size);
+	unsigned long addr = MSHARE_RW, end = MSHARE_RW + mshare_size(r);
 	u64 pages = 0, total = 0, run = 0;
 	struct address_space *last = NULL;
 	struct vm_area_struct *vma;

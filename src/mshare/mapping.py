@@ -1,7 +1,7 @@
 """Shared mappings at chosen addresses, owned by the views over them.
 
-Python's ``mmap`` can't choose an address; the C library can. What :func:`map_shared` returns
-is a memoryview whose last copy, slice or array to die unmaps the memory.
+Python's ``mmap`` can't choose an address; the C library can. What :func:`own` returns is a
+memoryview whose last copy, slice or array to die unmaps the memory.
 """
 
 from __future__ import annotations

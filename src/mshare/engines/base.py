@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 
 from mshare import mapping
 from mshare.errors import invalid, unsupported
-from mshare.sizes import PAGE_SIZE, round_up
+from mshare.sizes import PAGE_SIZE
 
 DEFAULT_MODE = 0o600
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -89,24 +89,23 @@ class Engine(ABC):
 
     @abstractmethod
     def reserve(self, fd: int, size: int, name: str) -> None:
-        """Give the unnamed file ``fd`` its size in bytes and all its memory.
+        """Give the unnamed file ``fd`` its size, rounded up to the granule, and its memory.
 
         :raises OSError: ENOSPC when it does not fit; nothing else may fail later for it.
         """
 
     @property
     def granule(self) -> int:
-        """Bytes: sizes are rounded up to a multiple of this."""
+        """Bytes: a region's file is a multiple of this."""
         return PAGE_SIZE
 
     def create(self, name: str, size: int, mode: int) -> None:
-        """Make the region ``name`` of ``size`` bytes, rounded up to the granule.
+        """Make the region ``name`` of ``size`` bytes, whole pages.
 
         :raises FileExistsError: the name is taken.
         :raises OSError: ENOSPC when the memory is not there; ENODEV without a place for it.
         """
-        whole = round_up(size, self.granule)
-        self._publish(name, mode, lambda fd: self.reserve(fd, whole, name))
+        self._publish(name, mode, lambda fd: self.reserve(fd, size, name))
 
     def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> None:
         """Make a file without a name, have it filled, and link it as ``name``."""

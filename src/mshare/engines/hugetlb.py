@@ -101,6 +101,7 @@ class Hugetlb(Engine):
         return super()._open_missing(name, readonly=readonly)
 
     def reserve(self, fd: int, size: int, name: str) -> None:
+        size = round_up(size, self.granule)
         check = self.check(size)
         if not check.works:
             cure = f"; as root: {check.cure}" if check.cure else ""

@@ -77,7 +77,7 @@ class Msharefs(Engine):
         check = self.check(size)
         if not check.works:
             raise OSError(errno.ENOSPC, f"no room for the region: {check.why}", name)
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, round_up(size, self.granule))
         self.map(fd, name, None, 0, size, 0, readonly=False)
 
     def create_over(self, name: str, file: str | int) -> None:
