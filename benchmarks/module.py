@@ -123,24 +123,31 @@ def touch() -> None:
     """Time per fault of the first process to touch fresh memory, and of the second."""
     size = GIB // 2
 
-    def one(fd: int) -> tuple[float, int]:
-        with mapped(fd) as address:
+    def one(fd: int, touch: Callable[[int, int], None], prot: int = RW) -> tuple[float, int]:
+        with mapped(fd, prot=prot) as address:
             before = faults()
-            seconds = timed(lambda: write_pages(address, size))
+            seconds = timed(lambda: touch(address, size))
             return seconds, faults() - before
 
-    firsts, seconds = [], []
+    def per_fault(cost: tuple[float, int]) -> float:
+        return cost[0] / cost[1]
+
+    firsts, seconds, readers = [], [], []
     for turn in range(6):
         with region() as shared, plain() as fd:
             pair = (shared, fd) if turn % 2 else (fd, shared)
-            cost = {each: one(each) for each in pair}
-            again = {each: one(each) for each in pair}
+            cost = {each: one(each, write_pages) for each in pair}
+            again = {each: one(each, write_pages) for each in pair}
+            read = {each: one(each, read_pages, mapping.PROT_READ) for each in pair}
         if turn:
-            firsts.append(cost[shared][0] / cost[shared][1] * cost[fd][1] / cost[fd][0])
+            firsts.append(per_fault(cost[shared]) / per_fault(cost[fd]))
             seconds.append(again[fd][0] / again[shared][0])
+            readers.append(per_fault(read[shared]) / per_fault(read[fd]))
     count = cost[shared][1], cost[fd][1], again[shared][1], again[fd][1]
     show("first process, time per fault, to shm", f"{median(firsts):.2f}", "at most 1.3")
     show("  faults over 512 MiB, msharefs and shm", f"{count[0]:,} / {count[1]:,}")
+    show("first reader of what is there, time per fault, to shm", f"{median(readers):.2f}")
+    show("  faults, msharefs and shm", f"{read[shared][1]:,} / {read[fd][1]:,}")
     show("further process, 512 MiB, times as fast as shm", f"{median(seconds):.1f}", "at least 6")
     show("  faults, msharefs and shm", f"{count[2]:,} / {count[3]:,}", "0")
 

@@ -22,29 +22,21 @@ static bool is_shmem(struct file *file)
 /*
  * The mapping shown to tmpfs is a copy that differs in its mm. No retry: tmpfs
  * would give up the lock of that mm, and the host's is the one held.
- * Returns VM_FAULT_ERROR bits only.
  */
-vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
-			       struct mm_struct *guest, bool write)
+static vm_fault_t fetch(struct vm_area_struct *host, unsigned long addr, struct mm_struct *guest,
+			bool write)
 {
-	struct address_space *mapping = host->vm_file->f_mapping;
 	struct vm_area_struct vma = *host;
 	struct vm_fault vmf = {
 		.vma = &vma,
-		.gfp_mask = mapping_gfp_mask(mapping) | __GFP_FS | __GFP_IO,
+		.gfp_mask = mapping_gfp_mask(host->vm_file->f_mapping) | __GFP_FS | __GFP_IO,
 		.pgoff = linear_page_index(host, addr),
 		.address = addr,
 		.real_address = addr,
 		.flags = write ? FAULT_FLAG_WRITE : 0,
 	};
 	vm_fault_t ret;
-	void *entry;
 
-	if (!is_shmem(host->vm_file))
-		return 0;
-	entry = xa_load(&mapping->i_pages, vmf.pgoff);
-	if (entry && !xa_is_value(entry))
-		return 0;
 	vma.vm_mm = guest;
 	ret = host->vm_ops->fault(&vmf);
 	if (ret & VM_FAULT_ERROR)
@@ -54,6 +46,18 @@ vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
 		put_page(vmf.page);
 	}
 	return 0;
+}
+
+/* Returns VM_FAULT_ERROR bits only. */
+vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
+			       struct mm_struct *guest, bool write)
+{
+	void *entry;
+
+	if (!is_shmem(host->vm_file))
+		return 0;
+	entry = xa_load(&host->vm_file->f_mapping->i_pages, linear_page_index(host, addr));
+	return entry && !xa_is_value(entry) ? 0 : fetch(host, addr, guest, write);
 }
 
 /* A file of the region's own: nobody else can open it, so private_data is ours to mark it. */
