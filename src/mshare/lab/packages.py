@@ -1,6 +1,6 @@
 """The Debian packages the lab needs, and the exact command that installs them.
 
-``python -m mshare.lab.packages`` prints them all, for a set-up script.
+Run as a script, this file prints them all, for ``tools/packages``.
 """
 
 from __future__ import annotations
