@@ -187,7 +187,9 @@ def page_tables(pid: int | str = "self") -> int:
 
 
 def meminfo(field: str) -> int:
-    """A field of /proc/meminfo in bytes."""
+    """A field of /proc/meminfo in bytes, with what each CPU has not yet added to it."""
+    with open("/proc/sys/vm/stat_refresh") as refresh:
+        refresh.read()
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
 

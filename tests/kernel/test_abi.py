@@ -296,13 +296,6 @@ def test_descriptor_is_enough(region: int, path: str) -> None:
     theirs.close()
 
 
-def test_module_stays_while_used(region: int) -> None:
-    """It can't be unloaded under a mount, a file or a window."""
-    result = subprocess.run(["rmmod", "mshare"], capture_output=True, text=True, check=False)
-    assert result.returncode
-    assert "in use" in result.stderr
-
-
 def test_maps_name_the_region(region: int, path: str) -> None:
     """/proc/PID/maps shows the file; smaps what is resident."""
     address = abi.mmap(region)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -265,26 +264,3 @@ def test_one_fault_counts_once(region: int) -> None:
         abi.put(address + page * PAGE, b"x")
     assert 256 <= abi.minor_faults() - before <= 264
     abi.munmap(address)
-
-
-def test_creator_may_die(path: str) -> None:
-    """Killed at any point, its region is whole for who comes after."""
-
-    def creator() -> None:
-        fd = abi.make(path)
-        abi.fill(abi.mmap(fd), 1 << 20)
-        abi.forever()
-
-    child = abi.Child(creator)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if os.path.exists(path) and os.stat(path).st_blocks * 512 == 1 << 20:
-            break
-        time.sleep(0.02)
-    time.sleep(0.3)
-    child.kill()
-    fd = os.open(path, os.O_RDWR)
-    address = abi.mmap(fd)
-    assert abi.get(address, 1 << 20) == b"\7" * (1 << 20)
-    abi.munmap(address)
-    os.close(fd)
