@@ -183,31 +183,42 @@ void mshare_region_free(struct mshare_region *r)
 }
 
 /*
- * Pages of content in memory. Neighbouring mappings of one file are counted
- * together, up to what of the file is in memory.
+ * Pages of content in memory. A file of the region's own holds no page that is
+ * not mapped, so all of it counts, once: other content may lie between its parts.
+ * Neighbouring mappings of any other file are counted together, up to what of the
+ * file is in memory.
  */
 u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 {
 	unsigned long addr = MSHARE_RW, end = MSHARE_RW + mshare_size(r);
 	u64 pages = 0, total = 0, run = 0;
-	struct address_space *last = NULL;
+	struct address_space *mapping, *last = NULL;
 	struct vm_area_struct *vma;
+	DEFINE_XARRAY(seen);
 
 	if (addr != end) {
 		mmap_read_lock(r->mm);
 		for (; (vma = find_vma_intersection(r->mm, addr, end)); addr = vma->vm_end) {
-			if (last != vma->vm_file->f_mapping) {
+			mapping = vma->vm_file->f_mapping;
+			total += vma_pages(vma);
+			if (mshare_shmem_owned(r, vma->vm_file)) {
+				if (!xa_insert(&seen, mapping->host->i_ino, xa_mk_value(1),
+					       GFP_KERNEL))
+					pages += mapping->nrpages;
+				continue;
+			}
+			if (last != mapping) {
 				if (last)
 					pages += min_t(u64, run, last->nrpages);
-				last = vma->vm_file->f_mapping;
+				last = mapping;
 				run = 0;
 			}
 			run += vma_pages(vma);
-			total += vma_pages(vma);
 		}
 		if (last)
 			pages += min_t(u64, run, last->nrpages);
 		mmap_read_unlock(r->mm);
+		xa_destroy(&seen);
 	}
 	if (mapped)
 		*mapped = total << PAGE_SHIFT;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import fcntl
+import gc
 import mmap as python_mmap
 import os
 import pickle
@@ -44,6 +46,12 @@ _libc.mremap.argtypes = [
     ctypes.c_int,
     ctypes.c_void_p,
 ]
+_libc.syscall.restype = ctypes.c_long
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_Usage = ctypes.c_long * 18
+_libc.getrusage.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_long)]
+_MINFLT = 8
+"""Where ru_minflt is in struct rusage, seen as longs."""
 
 
 def _check(result: int) -> int:
@@ -97,6 +105,11 @@ def mremap(address: int, old: int, new: int, flags: int, target: int = 0) -> int
     return _check(-1 if result == ctypes.c_void_p(-1).value else result or 0)
 
 
+def syscall(number: int, *args: int) -> int:
+    """Any system call, by its number on x86-64."""
+    return _check(_libc.syscall(number, *map(ctypes.c_long, args)))
+
+
 def create_mapping(
     region: int,
     at: int = 0,
@@ -140,19 +153,31 @@ def get(address: int, length: int) -> bytes:
     return ctypes.string_at(address, length)
 
 
+def memory(address: int, size: int = PAGE) -> memoryview:
+    """The bytes there, as a buffer for calls that fill or send one."""
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+
+
 def fill(address: int, size: int, value: int = 7) -> None:
     """Store ``value`` in every byte."""
     ctypes.memset(address, value, size)
 
 
-def touch(address: int, size: int) -> int:
-    """Read a byte of every page; the minor faults it took."""
-    page = ctypes.c_ubyte
-    page.from_address(address + size - 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for at in range(address, address + size, PAGE):
-        _ = page.from_address(at).value
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def touch(address: int, size: int, step: int = 0, count: int = 1) -> int:
+    """Read every byte at ``count`` addresses ``step`` apart; the minor faults it took.
+
+    The same first with other memory: after a fork a process also copies pages of its own, and
+    those faults are not the region's.
+    """
+    before, after = _Usage(), _Usage()
+    own = ctypes.create_string_buffer(PAGE)
+    for start, length, stride in ((ctypes.addressof(own), PAGE, 0), (address, size, step)):
+        places = [start + number * stride for number in range(count)]
+        _libc.getrusage(resource.RUSAGE_SELF, before)
+        for place in places:
+            _libc.memcmp(place, place, length)
+        _libc.getrusage(resource.RUSAGE_SELF, after)
+    return after[_MINFLT] - before[_MINFLT]
 
 
 def page_tables(pid: int | str = "self") -> int:
@@ -162,7 +187,9 @@ def page_tables(pid: int | str = "self") -> int:
 
 
 def meminfo(field: str) -> int:
-    """A field of /proc/meminfo in bytes."""
+    """A field of /proc/meminfo in bytes, with what each CPU has not yet added to it."""
+    with open("/proc/sys/vm/stat_refresh") as refresh:
+        refresh.read()
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
 
@@ -180,6 +207,8 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(reading)
+            faulthandler.disable()
+            gc.disable()
             try:
                 answer = (True, work(*args))
             except BaseException:
