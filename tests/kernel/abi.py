@@ -158,6 +158,11 @@ def memory(address: int, size: int = PAGE) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
 
 
+def address_of(buffer: memoryview) -> int:
+    """Where the bytes of a writable buffer are."""
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
+
+
 def fill(address: int, size: int, value: int = 7) -> None:
     """Store ``value`` in every byte."""
     ctypes.memset(address, value, size)
