@@ -24,6 +24,7 @@ PAGE = 4096
 READ, WRITE, EXEC = 1, 2, 4
 RW = READ | WRITE
 SHARED, PRIVATE, FIXED, ANONYMOUS = 1, 2, 0x10, 0x20
+PROCESS_VM_READV = 310
 CREATE_MAPPING, UNMAP, PROTECT = 0x40287800, 0x40107801, 0x40187802
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -151,6 +152,20 @@ def put(address: int, data: bytes) -> None:
 def get(address: int, length: int) -> bytes:
     """Load ``length`` bytes from ``address``."""
     return ctypes.string_at(address, length)
+
+
+def vector(address: int, length: int) -> tuple[int, Any]:
+    """Where a struct iovec for these bytes is, and what keeps it there."""
+    words = (ctypes.c_uint64 * 2)(address, length)
+    return ctypes.addressof(words), words
+
+
+def get_safely(address: int, length: int, pid: int = 0) -> bytes:
+    """Load bytes of a process, by default this one; EFAULT where a load would be a signal."""
+    data = ctypes.create_string_buffer(length)
+    ours, theirs = vector(ctypes.addressof(data), length), vector(address, length)
+    syscall(PROCESS_VM_READV, pid or os.getpid(), ours[0], 1, theirs[0], 1, 0)
+    return data.raw
 
 
 def memory(address: int, size: int = PAGE) -> memoryview:

@@ -1,0 +1,408 @@
+"""Two things at once: each pair for a short while, with every byte that is read checked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from mshare.engines.msharefs import info
+from tests.kernel import abi
+from tests.kernel.abi import PAGE, READ, RW, SLOT
+
+SECONDS = 2.0
+PAGES = 512
+SIZE = PAGES * PAGE
+FIXED = abi.SHARED | abi.FIXED
+OVER = abi.PRIVATE | abi.ANONYMOUS | abi.FIXED
+FUTEX, VMSPLICE, IO_URING_SETUP, IO_URING_REGISTER = 202, 278, 425, 427
+WALKS = ["smaps", "pagemap", "numa_maps", "clear_refs", "smaps_rollup"]
+LAYOUTS = ["map", "unmap", "protect"]
+
+
+def page(number: int) -> bytes:
+    """What page ``number`` holds."""
+    return (b"%8d" % number) * (PAGE // 8)
+
+
+def whole(address: int) -> None:
+    """Check every page."""
+    for number in range(PAGES):
+        assert abi.get(address + number * PAGE, PAGE) == page(number)
+
+
+@pytest.fixture
+def window(region: int) -> Iterator[int]:
+    """A window whose first pages have content."""
+    address = abi.mmap(region)
+    for number in range(PAGES):
+        abi.put(address + number * PAGE, page(number))
+    yield address
+    whole(address)
+    abi.munmap(address)
+
+
+@contextmanager
+def meanwhile(*works: Callable[[], None]) -> Iterator[None]:
+    """Processes that do ``works`` again and again during the block, and find no fault."""
+    stop = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS))
+
+    def repeat(work: Callable[[], None]) -> int:
+        for turn in count(1):
+            work()
+            if stop[0]:
+                return turn
+        return 0
+
+    children = [abi.Child(repeat, work) for work in works]
+    try:
+        yield
+    finally:
+        stop[0] = 1
+    for child in children:
+        assert child.result() > 0
+
+
+def for_a_while(work: Callable[[], object]) -> None:
+    """Do it for some seconds."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        work()
+
+
+def layout(region: int, kind: str) -> Callable[[], None]:
+    """A change of the second half of the slot, and back."""
+    half = SLOT // 2
+
+    def change() -> None:
+        if kind == "map":
+            abi.create_mapping(region, half, half)
+        elif kind == "unmap":
+            abi.unmap(region, half, half)
+            abi.create_mapping(region, half, half)
+        else:
+            abi.protect(region, half, half, READ)
+            abi.protect(region, half, half, RW)
+
+    return change
+
+
+def walk(name: str) -> Callable[[], None]:
+    """One pass of a page-table walk that /proc offers, over this process."""
+
+    def read() -> None:
+        if name == "clear_refs":
+            for kind in "134":
+                Path("/proc/self/clear_refs").write_text(kind)
+            return
+        if name != "pagemap":
+            with suppress(FileNotFoundError):
+                Path(f"/proc/self/{name}").read_bytes()
+            return
+        starts = [
+            int(line.split("-")[0], 16)
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if abi.MOUNT in line or "/kernel-" in line
+        ]
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            for start in starts:
+                file.seek(start // PAGE * 8)
+                assert len(file.read(PAGES * 8)) == PAGES * 8
+
+    return read
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_layout_changes_under_faults(region: int, window: int, kind: str) -> None:
+    """Others store in pages of their own, also in what comes and goes."""
+
+    def store(number: int) -> Callable[[], None]:
+        turn = count()
+
+        def once() -> None:
+            value = page(next(turn))
+            spot = window + SIZE + number * PAGE
+            abi.put(spot, value)
+            whole(window)
+            assert abi.get(spot, PAGE) == value
+
+        return once
+
+    with meanwhile(store(0), store(1)):
+        for_a_while(layout(region, kind))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_accesses_to_what_changes(region: int, window: int, kind: str) -> None:
+    """Loads and stores in the very half: they succeed, or fail as the layout says."""
+    half = window + SLOT // 2
+
+    def load() -> None:
+        for number in range(0, PAGES, 16):
+            with suppress(OSError):
+                abi.get_safely(half + number * PAGE, 8)
+
+    def store() -> None:
+        reading, writing = os.pipe()
+        os.write(writing, b"x" * PAGE)
+        with suppress(OSError):
+            os.readv(reading, [abi.memory(half)])
+        os.close(reading)
+        os.close(writing)
+
+    with meanwhile(load, store):
+        for_a_while(layout(region, kind))
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_walkers_during_layout_changes(region: int, window: int, name: str) -> None:
+    """Readers of /proc walk the tables that a change takes away."""
+    with meanwhile(walk(name), lambda: whole(window)):
+        for_a_while(layout(region, "unmap"))
+
+
+def test_fork_during_faults(region: int, window: int) -> None:
+    """Threads fault while the process forks; parent and children read what is there."""
+
+    def fork() -> None:
+        abi.Child(whole, window).result()
+
+    def both() -> None:
+        own = abi.mmap(region)
+        thread = threading.Thread(target=whole, args=[own])
+        thread.start()
+        fork()
+        thread.join()
+        abi.munmap(own)
+
+    with meanwhile(both, lambda: abi.madvise(window, SLOT, 4)):
+        for_a_while(fork)
+
+
+def swap_places(region: int, spots: list[int]) -> Callable[[], None]:
+    """Mapping and unmapping at the same address, by two threads of one process."""
+
+    def once() -> None:
+        def attach() -> None:
+            abi.mmap(region, SLOT, READ, FIXED, spots[0])
+
+        def cover() -> None:
+            abi.mmap(-1, SLOT, RW, OVER | 0x4000, spots[0])
+
+        threads = [threading.Thread(target=work) for work in (attach, cover, attach, cover)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return once
+
+
+def move(region: int, spots: list[int]) -> Callable[[], None]:
+    """mremap from one address to another and back."""
+
+    def once() -> None:
+        abi.mmap(region, SLOT, RW, FIXED, spots[0])
+        abi.mremap(spots[0], SLOT, SLOT, 3, spots[1])
+        abi.mremap(spots[1], SLOT, SLOT, 3, spots[0])
+
+    return once
+
+
+@pytest.mark.parametrize("change", [swap_places, move])
+def test_attach_and_unmap_of_one_range(
+    region: int, window: int, change: Callable[[int, list[int]], Callable[[], None]]
+) -> None:
+    """A reader sees a whole page of the region, zeros of the other mapping, or no page."""
+
+    def race() -> None:
+        place = abi.mmap(-1, 3 * SLOT, READ, abi.PRIVATE | abi.ANONYMOUS)
+        first = (place + SLOT - 1) & -SLOT
+        once = change(region, [first, first + SLOT])
+        stop = False
+        wrong: list[bytes] = []
+
+        def look() -> None:
+            while not stop:
+                with suppress(OSError):
+                    seen = abi.get_safely(first + 5 * PAGE, PAGE)
+                    if seen not in (page(5), bytes(PAGE)):
+                        wrong.append(seen)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        for_a_while(once)
+        stop = True
+        thread.join()
+        assert not wrong
+
+    with meanwhile(lambda: whole(window)):
+        abi.Child(race).result()
+
+
+def test_hundreds_exit_at_once(region: int, window: int) -> None:
+    """300 processes killed in one call, with a layout change in the middle of it."""
+    before = abi.meminfo("PageTables")
+
+    def crowd() -> None:
+        os.setpgid(0, 0)
+        for _ in range(300):
+            if os.fork() == 0:
+                abi.forever()
+        abi.forever()
+
+    child = abi.Child(crowd)
+    deadline = time.monotonic() + 60
+    while info(region).attachments < 302 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert info(region).attachments == 302
+    os.killpg(child.pid, signal.SIGKILL)
+    layout(region, "unmap")()
+    child.signal()
+    assert abi.settle(lambda: info(region).attachments, 1) == 1
+    limit = before + (256 << 10)
+    assert abi.settle(lambda: abi.meminfo("PageTables"), limit) <= limit
+
+
+def test_futex_across_windows(region: int, window: int) -> None:
+    """Sleepers in a process with the window elsewhere are woken."""
+
+    def sleep() -> None:
+        mine = abi.mmap(region)
+        assert mine != window
+        abi.put(window + SIZE, b"\1\0\0\0")
+        with suppress(BlockingIOError):
+            abi.syscall(FUTEX, mine + SIZE + 4, 0, 0, 0, 0, 0)
+
+    child = abi.Child(sleep)
+    while abi.get(window + SIZE, 1) != b"\1":
+        time.sleep(0.01)
+    deadline = time.monotonic() + 20
+    while not abi.syscall(FUTEX, window + SIZE + 4, 1, 1, 0, 0, 0):
+        assert time.monotonic() < deadline
+    child.result()
+
+
+def test_faults_of_others(region: int, window: int) -> None:
+    """process_vm_readv and /proc/PID/mem of a process that has not touched its window."""
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("1")
+    elsewhere = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS)).cast("Q")
+
+    def stay() -> None:
+        elsewhere[0] = abi.mmap(region)
+        abi.forever()
+
+    child = abi.Child(stay)
+    while not elsewhere[0]:
+        time.sleep(0.01)
+    try:
+        assert abi.get_safely(elsewhere[0] + 7 * PAGE, PAGE, child.pid) == page(7)
+        # not yet there: the fault makes it, for the other process
+        assert abi.get_safely(elsewhere[0] + SIZE, PAGE, child.pid) == bytes(PAGE)
+        with open(f"/proc/{child.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(elsewhere[0] + SIZE + PAGE)
+            assert memory.write(page(1)) == PAGE
+        assert abi.get(window + SIZE + PAGE, PAGE) == page(1)
+    finally:
+        child.kill()
+
+
+def test_pages_in_a_pipe(region: int, window: int) -> None:
+    """vmsplice: the pipe keeps the pages, also when the window and the layout have gone."""
+    reading, writing = os.pipe()
+
+    def splice() -> None:
+        half = abi.mmap(region) + SLOT // 2
+        abi.put(half, page(3))
+        vector = abi.vector(half, PAGE)
+        assert abi.syscall(VMSPLICE, writing, vector[0], 1, 0) == PAGE
+
+    abi.Child(splice).result()
+    abi.unmap(region, SLOT // 2, SLOT // 2)
+    assert os.read(reading, PAGE) == page(3)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_direct_io(window: int, disk: str) -> None:
+    """A file written from the window and read into it, past the page cache."""
+    fd = os.open(f"{disk}/direct", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    assert os.pwritev(fd, [abi.memory(window, SIZE)], 0) == SIZE
+    assert os.preadv(fd, [abi.memory(window + SIZE, SIZE)], 0) == SIZE
+    os.close(fd)
+    whole(window + SIZE)
+
+
+def test_fixed_buffers(region: int, window: int) -> None:
+    """io_uring keeps pages of the window pinned; the layout changes and the process ends."""
+
+    def pin() -> None:
+        half = abi.mmap(region) + SLOT // 2
+        params = abi.memory(abi.anonymous(PAGE))
+        ring = abi.syscall(IO_URING_SETUP, 4, abi.address_of(params))
+        vector = abi.vector(half, SIZE)
+        abi.syscall(IO_URING_REGISTER, ring, 0, vector[0], 1)
+        layout(region, "unmap")()
+        abi.put(half, page(1))
+
+    for _ in range(8):
+        abi.Child(pin).result()
+
+
+def test_compaction(window: int) -> None:
+    """Pages move while everybody reads and writes them."""
+
+    def write() -> None:
+        for number in range(PAGES):
+            abi.put(window + number * PAGE, page(number))
+
+    with meanwhile(write, lambda: whole(window)):
+        for_a_while(lambda: Path("/proc/sys/vm/compact_memory").write_text("1"))
+
+
+def test_collapse(region: int, window: int) -> None:
+    """khugepaged at full speed finds the content of regions and of other mappings."""
+    base = Path("/sys/kernel/mm/transparent_hugepage")
+    wanted = {"khugepaged/scan_sleep_millisecs": "0", "khugepaged/alloc_sleep_millisecs": "0"}
+    wanted |= {"shmem_enabled": "always", "enabled": "always"}
+    before = {name: (base / name).read_text() for name in wanted}
+    for name, value in wanted.items():
+        (base / name).write_text(value)
+    try:
+        with meanwhile(lambda: whole(window)):
+            for_a_while(lambda: abi.Child(whole, window).result())
+    finally:
+        for name, value in before.items():
+            chosen = value.split("[")[-1].split("]")[0] if "[" in value else value
+            (base / name).write_text(chosen)
+
+
+def test_two_regions_changed_at_once(region: int, window: int, path: str) -> None:
+    """Two layout changers and a process in both regions: nobody waits for ever."""
+    other = abi.make(f"{path}-2")
+
+    def both() -> None:
+        one, two = abi.mmap(region), abi.mmap(other)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.send(b"x" * PAGE)
+            with suppress(OSError):
+                theirs.recv_into(abi.memory(one + SLOT // 2))
+        with suppress(OSError):
+            abi.get_safely(two + SLOT // 2, 8)
+        abi.munmap(one)
+        abi.munmap(two)
+
+    with meanwhile(both, both, layout(other, "unmap")):
+        for_a_while(layout(region, "unmap"))
+    os.close(other)
+    os.unlink(f"{path}-2")
