@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -350,7 +351,11 @@ def test_fixed_buffers(region: int, window: int) -> None:
         params = abi.memory(abi.anonymous(PAGE))
         ring = abi.syscall(IO_URING_SETUP, 4, abi.address_of(params))
         vector = abi.vector(half, SIZE)
-        abi.syscall(IO_URING_REGISTER, ring, 0, vector[0], 1)
+        try:
+            abi.syscall(IO_URING_REGISTER, ring, 0, vector[0], 1)
+        except OSError as error:
+            # 6.1 takes no file mapping but those of tmpfs and hugetlbfs
+            assert error.errno == errno.EOPNOTSUPP
         layout(region, "unmap")()
         abi.put(half, page(1))
 
