@@ -46,3 +46,32 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_review_names_tests_that_exist() -> None:
+    """Each test that answers a row is there, in the file it is said to be in."""
+    rows = [row for row in (ROOT / "docs/review.md").read_text().splitlines() if " | " in row]
+    text, file = "", ""
+    for row in rows:
+        for word in re.findall(r"`([^`]+)`", row.split(" | ")[-1]):
+            if word.endswith(".py"):
+                file = word
+                place = ROOT / (file if "/" in file else f"tests/kernel/{file}")
+                text = place.read_text()
+            else:
+                assert f"def {word}(" in text, (file, word)
+    assert len(rows) > 30
+
+
+def test_no_open_ends() -> None:
+    """No mark of something left to do, anywhere in the project (review, S16)."""
+    marks = re.compile(
+        r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b"
+    )
+    files = [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml")]
+    for folder in ("src", "kmod", "tests", "docs", "examples", "benchmarks", "tools"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert len(files) > 100
+    for path in files:
+        if "__pycache__" not in path.parts:
+            assert not marks.search(path.read_text(errors="replace")), path
