@@ -40,6 +40,10 @@ SCENARIOS = [
     Scenario("share.pml", ("WITH_ADVICE",), "BREAK_NOTIFIER", why="no ungraft before a zap"),
     Scenario("share.pml", ("WITH_EXIT",), "BREAK_RELEASE", why="no ungraft before exit"),
     Scenario("share.pml", ("WITH_RECLAIM",), "BREAK_HOST_FLUSH", why="flush of the host alone"),
+    Scenario("seed.pml", (), "S1", why="unlocks the lock of current->mm, which is not held"),
+    Scenario("seed.pml", (), "S2", why="reads a table that the host has freed"),
+    Scenario("seed.pml", (), "S3", why="marks another mapping than it made"),
+    Scenario("seed.pml", (), "S4", why="two paths change one VMA under two locks"),
 ]
 
 

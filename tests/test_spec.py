@@ -20,4 +20,4 @@ def test_models() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("holds") >= 3
-    assert done.stdout.count("found") >= 7
+    assert done.stdout.count("found") >= 11
