@@ -18,6 +18,28 @@
 #define MSHAREFS_MAGIC	0x6d736872	/* "mshr" */
 
 static const struct inode_operations file_iops, dir_iops;
+static int sync_data(struct mshare_region *r, struct file *file, loff_t pos, loff_t len)
+{
+	return vfs_fsync_range(file, pos, pos + len - 1, true);
+}
+
+static int sync_all(struct mshare_region *r, struct file *file, loff_t pos, loff_t len)
+{
+	return vfs_fsync_range(file, pos, pos + len - 1, false);
+}
+
+/* fsync and msync: what is written is the mapped files'. */
+static int ms_fsync(struct file *file, loff_t start, loff_t end, int datasync)
+{
+	struct mshare_region *r = file_inode(file)->i_private;
+	loff_t size = mshare_size(r);
+
+	end = min(end, size - 1);
+	if (start > end)
+		return 0;
+	return mshare_each_file(r, start, end - start + 1, datasync ? sync_data : sync_all);
+}
+
 static const struct file_operations file_fops;
 
 bool mshare_is_region(struct file *file)
@@ -165,7 +187,7 @@ static const struct file_operations file_fops = {
 	.unlocked_ioctl = mshare_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 	.fallocate = ms_fallocate,
-	.fsync = noop_fsync,
+	.fsync = ms_fsync,
 	.llseek = noop_llseek,
 };
 

@@ -32,16 +32,25 @@ static int check_prot(u32 prot)
 /*
  * Content whose pages live in the page cache. Others may share or change the
  * host's page tables by themselves (hugetlb), or map what has no struct page
- * behind it (devices, DAX).
+ * behind it (devices, DAX). An overlay can only be judged by the file below it,
+ * which its mmap brings to light.
  */
-static bool file_fits(struct file *file)
+bool mshare_file_fits(struct file *file, bool overlay)
 {
 	struct inode *inode = file_inode(file);
 
 	if (!S_ISREG(inode->i_mode) || IS_DAX(inode) || mshare_is_region(file))
 		return false;
-	return inode->i_sb->s_magic == TMPFS_MAGIC ||
-	       (inode->i_sb->s_magic != HUGETLBFS_MAGIC && file->f_mapping->a_ops->read_folio);
+	switch (inode->i_sb->s_magic) {
+	case TMPFS_MAGIC:
+		return true;
+	case HUGETLBFS_MAGIC:
+		return false;
+	case OVERLAYFS_SUPER_MAGIC:
+		return overlay;
+	default:
+		return file->f_mapping->a_ops->read_folio;
+	}
 }
 
 static long create_mapping(struct mshare_region *r, void __user *arg)
@@ -72,7 +81,7 @@ static long create_mapping(struct mshare_region *r, void __user *arg)
 	if (!(file->f_mode & FMODE_READ) ||
 	    ((req.prot & PROT_WRITE) && !(file->f_mode & FMODE_WRITE)))
 		err = -EACCES;
-	else if (!file_fits(file))
+	else if (!mshare_file_fits(file, true))
 		err = -EOPNOTSUPP;
 	else
 		err = mshare_layout_map(r, file, &req);

@@ -174,8 +174,10 @@ static int try_map(struct mshare_region *r, void *data)
 		return err;
 	mmap_read_lock(r->mm);
 	vma = find_vma(r->mm, MSHARE_STAGE + args->req->region_offset);
+	/* overlayfs has put the file below in place of its own */
 	if (!vma->vm_ops || !vma->vm_ops->fault || !(vma->vm_flags & VM_MAYSHARE) ||
-	    vma->vm_flags & (VM_IO | VM_PFNMAP | VM_MIXEDMAP | VM_HUGETLB))
+	    vma->vm_flags & (VM_IO | VM_PFNMAP | VM_MIXEDMAP | VM_HUGETLB) ||
+	    !mshare_file_fits(vma->vm_file, false))
 		err = -EOPNOTSUPP;
 	else
 		args->write_notify = !(vma->vm_flags & VM_WRITE) || vma->vm_ops->page_mkwrite ||
@@ -189,30 +191,11 @@ static int try_map(struct mshare_region *r, void *data)
  * Give back the memory of the region's own files in a range about to go. Other
  * parts of the same file may stay mapped, so the last fput is not enough.
  */
-static void free_range(struct mshare_region *r, unsigned long offset, unsigned long size)
+static int free_piece(struct mshare_region *r, struct file *file, loff_t pos, loff_t len)
 {
-	unsigned long addr = MSHARE_RW + offset, end = addr + size, from, to;
-	struct vm_area_struct *vma;
-	struct file *file;
-	loff_t pos;
-
-	for (;;) {
-		mmap_read_lock(r->mm);
-		vma = find_vma_intersection(r->mm, addr, end);
-		if (!vma)
-			break;
-		from = max(addr, vma->vm_start);
-		to = min(end, vma->vm_end);
-		pos = ((loff_t)vma->vm_pgoff << PAGE_SHIFT) + (from - vma->vm_start);
-		file = get_file(vma->vm_file);
-		mmap_read_unlock(r->mm);
-		if (mshare_shmem_owned(r, file))
-			vfs_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pos,
-				      to - from);
-		fput(file);
-		addr = to;
-	}
-	mmap_read_unlock(r->mm);
+	if (!mshare_shmem_owned(r, file))
+		return 0;
+	return vfs_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pos, len);
 }
 
 static int do_map(struct mshare_region *r, void *data)
@@ -221,7 +204,7 @@ static int do_map(struct mshare_region *r, void *data)
 	int err;
 
 	mshare_settle(r, false);
-	free_range(r, args->req->region_offset, args->req->size);
+	mshare_each_file(r, args->req->region_offset, args->req->size, free_piece);
 	err = map_at(args, MSHARE_RW, args->req->prot);
 	if (!err)
 		err = map_at(args, MSHARE_RO, PROT_READ);
@@ -272,7 +255,7 @@ static int do_unmap(struct mshare_region *r, void *data)
 	mshare_settle(r, false);
 	err = vm_munmap(MSHARE_RO + req->region_offset, req->size);
 	if (!err) {
-		free_range(r, req->region_offset, req->size);
+		mshare_each_file(r, req->region_offset, req->size, free_piece);
 		err = vm_munmap(MSHARE_RW + req->region_offset, req->size);
 	}
 	mshare_settle(r, true);

@@ -117,6 +117,7 @@ extern struct file_system_type mshare_fs_type;
 bool mshare_is_region(struct file *file);
 
 /* ioctl.c */
+bool mshare_file_fits(struct file *file, bool overlay);
 long mshare_ioctl(struct file *file, unsigned int cmd, unsigned long arg);
 
 /* region.c */
@@ -127,6 +128,8 @@ int mshare_region_set_size(struct mshare_region *r, loff_t size);
 void mshare_region_free(struct mshare_region *r);
 u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end);
 u64 mshare_sb_resident(struct super_block *sb);
+int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned long size,
+		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len));
 int mshare_host_run(struct mshare_region *r, int (*fn)(struct mshare_region *r, void *arg),
 		    void *arg);
 

@@ -227,6 +227,38 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 	return pages << PAGE_SHIFT;
 }
 
+/*
+ * Call fn for each file in a range of the writable view, with a reference and
+ * without the host's lock. The first error is returned, and does not end the walk.
+ */
+int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned long size,
+		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len))
+{
+	unsigned long addr = MSHARE_RW + offset, end = addr + size, from;
+	struct vm_area_struct *vma;
+	struct file *file;
+	int err = 0, ret;
+	loff_t pos;
+
+	while (addr < end) {
+		mmap_read_lock(r->mm);
+		vma = find_vma_intersection(r->mm, addr, end);
+		if (!vma) {
+			mmap_read_unlock(r->mm);
+			break;
+		}
+		from = max(addr, vma->vm_start);
+		addr = min(end, vma->vm_end);
+		pos = ((loff_t)vma->vm_pgoff << PAGE_SHIFT) + (from - vma->vm_start);
+		file = get_file(vma->vm_file);
+		mmap_read_unlock(r->mm);
+		ret = fn(r, file, pos, addr - from);
+		err = err ?: ret;
+		fput(file);
+	}
+	return err;
+}
+
 u64 mshare_sb_resident(struct super_block *sb)
 {
 	struct mshare_region *r;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,60 @@ def test_file_on_disk(disk: str, path: str) -> None:
     for each in (fd, content, direct):
         os.close(each)
     abi.munmap(address)
+
+
+@pytest.mark.parametrize("call", ["msync", "fsync"])
+def test_stores_are_synced(disk: str, path: str, call: str) -> None:
+    """msync of the window and fsync of the region write the mapped file to its disk."""
+    size = 4 << 20
+    Path(f"{disk}/content").write_bytes(bytes(size))
+    fd, content = abi.make(path, fill=False), os.open(f"{disk}/content", os.O_RDWR)
+    os.fsync(content)
+    abi.create_mapping(fd, 64 * PAGE, size, flags=abi.SHARED | abi.FIXED, fd=content)
+    device = os.fstat(content).st_dev
+    numbers = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+
+    def written() -> int:
+        return int(numbers.read_text().split()[6]) * 512
+
+    address = abi.mmap(fd)
+    os.sync()
+    abi.fill(address + 64 * PAGE, size)
+    before = written()
+    if call == "fsync":
+        os.fsync(fd)
+    else:
+        abi.syscall(26, address, SLOT, 4)
+    assert written() - before >= size
+    abi.munmap(address)
+    os.close(fd)
+    os.close(content)
+
+
+def test_file_on_an_overlay(disk: str, path: str) -> None:
+    """What overlayfs shows is a file of another file system, and is mapped as that."""
+    for folder in ("lower", "upper", "work", "merged"):
+        os.mkdir(f"{disk}/{folder}")
+    Path(f"{disk}/lower/content").write_bytes(b"x" * (4 * PAGE))
+    options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
+    mount = ["mount", "-t", "overlay", "-o", options, "overlay", f"{disk}/merged"]
+    subprocess.run(mount, check=True)
+    try:
+        for flags, prot in ((os.O_RDONLY, READ), (os.O_RDWR, abi.RW)):
+            fd, content = abi.make(path, fill=False), os.open(f"{disk}/merged/content", flags)
+            fixed = abi.SHARED | abi.FIXED
+            abi.create_mapping(fd, size=4 * PAGE, flags=fixed, prot=prot, fd=content)
+            address = abi.mmap(fd)
+            assert abi.get(address + 3 * PAGE, 1) == b"x"
+            if prot == abi.RW:
+                abi.put(address, b"written")
+                assert Path(f"{disk}/merged/content").read_bytes()[:7] == b"written"
+            abi.munmap(address)
+            os.close(fd)
+            os.unlink(path)
+            os.close(content)
+    finally:
+        subprocess.run(["umount", f"{disk}/merged"], check=True)
 
 
 @pytest.mark.parametrize("prot", [READ, abi.RW])
