@@ -194,9 +194,10 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 	u64 pages = 0, total = 0, run = 0;
 	struct address_space *mapping, *last = NULL;
 	struct vm_area_struct *vma;
-	DEFINE_XARRAY(seen);
+	struct xarray seen;
 
 	if (addr != end) {
+		xa_init(&seen);
 		mmap_read_lock(r->mm);
 		for (; (vma = find_vma_intersection(r->mm, addr, end)); addr = vma->vm_end) {
 			mapping = vma->vm_file->f_mapping;

@@ -192,7 +192,9 @@ def test_core_dump(region: int, window: int, tmp_path: Path) -> None:
         pattern.write_text(before)
     core = next(tmp_path.glob("core*"))
     assert 0 < core.stat().st_blocks * 512 < 200 << 20
-    assert content(77) not in core.read_bytes()
+    found = core.read_bytes()
+    # a page or two may lie about in the process's own memory
+    assert sum(content(number) in found for number in range(0, SIZE // PAGE, 16)) < 4
     assert intact(window)
     assert info(region).attachments == 1
 
