@@ -9,13 +9,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint types unit kernel spec clean
+.PHONY: help setup demo test lint types unit kernel spec lab-kernels test-debug clean
 
 help:
 	@echo "make demo   set up, then the main job: what sharing saves here, and in the lab"
 	@echo "make test   set up, then lint, types and all tests, those of the module on both kernels"
 	@echo "make setup  the environment in $(VENV), and Debian packages if root"
 	@echo "make kernel the tests of the module alone; KERNELS=6.1 on that one"
+	@echo "make test-debug  the same on kernels with KASAN and lockdep, built first: an hour"
 	@echo "make spec   the models of the protocol, all of them, checked by SPIN: two minutes"
 
 setup: $(VENV)/.done
@@ -50,6 +51,15 @@ kernel: setup $(KERNELS:%=kernel-%)
 kernel-%: setup
 	tools/in-lab $* --memory 3G --disk 2G --swap 512M --hugepages 8 --timeout 1500 -- \
 		$(BIN)/pytest -p no:cacheprovider $(LAB_TESTS)
+
+lab-kernels:
+	@for series in $(KERNELS); do tools/debug-kernel $$series; done
+
+test-debug: setup lab-kernels
+	@for series in $(KERNELS); do \
+		tools/in-lab $$(tools/debug-kernel $$series) --memory 5G --disk 2G --swap 512M --hugepages 8 \
+			--timeout 3600 -- $(BIN)/pytest -p no:cacheprovider tests/kernel || exit; \
+	done
 
 spec: setup
 	$(BIN)/python spec/check.py
