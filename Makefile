@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := 6.12 6.1
+DETECTORS := debug-6.12 debug-6.1 kcsan-6.12
 LAB_TESTS := tests/kernel tests/test_contract.py tests/test_calls.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
@@ -16,7 +17,7 @@ help:
 	@echo "make test   set up, then lint, types and all tests, those of the module on both kernels"
 	@echo "make setup  the environment in $(VENV), and Debian packages if root"
 	@echo "make kernel the tests of the module alone; KERNELS=6.1 on that one"
-	@echo "make test-debug  the same on kernels with KASAN and lockdep, built first: an hour"
+	@echo "make test-debug  the same on kernels with KASAN, lockdep and KCSAN, built first: hours"
 	@echo "make spec   the models of the protocol, all of them, checked by SPIN: two minutes"
 
 setup: $(VENV)/.done
@@ -52,14 +53,16 @@ kernel-%: setup
 	tools/in-lab $* --memory 3G --disk 2G --swap 512M --hugepages 8 --timeout 1500 -- \
 		$(BIN)/pytest -p no:cacheprovider $(LAB_TESTS)
 
-lab-kernels:
-	@for series in $(KERNELS); do tools/debug-kernel $$series; done
+lab-kernels: $(DETECTORS:%=lab-kernel-%)
 
-test-debug: setup lab-kernels
-	@for series in $(KERNELS); do \
-		tools/in-lab $$(tools/debug-kernel $$series) --memory 5G --disk 2G --swap 512M --hugepages 8 \
-			--timeout 3600 -- $(BIN)/pytest -p no:cacheprovider tests/kernel || exit; \
-	done
+lab-kernel-%:
+	tools/lab-kernel $*
+
+test-debug: $(DETECTORS:%=test-on-%)
+
+test-on-%: setup lab-kernel-%
+	tools/in-lab $* --memory 5G --disk 2G --swap 512M --hugepages 8 --timeout 3600 -- \
+		$(BIN)/pytest -p no:cacheprovider tests/kernel
 
 spec: setup
 	$(BIN)/python spec/check.py

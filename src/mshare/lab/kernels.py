@@ -1,7 +1,8 @@
 """Which kernel to boot: its image, its headers and its modules.
 
-A kernel is named by its series (``6.1``, ``6.12``: the newest installed ABI is taken), or by
-a path: a bzImage, or the top of a kernel build tree.
+A kernel is named by its series (``6.1``, ``6.12``: the newest installed ABI is taken), by the name
+of a kernel with detectors that ``make lab-kernels`` built (``debug-6.12``), or by a path: a bzImage,
+or the top of a kernel build tree.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from mshare.lab.images import image_release
+from mshare.lab.images import cache_dir, image_release
 from mshare.lab.packages import SERIES, apt_command, kernel_packages, version_key
 
 BOOT = Path("/boot")
@@ -65,9 +66,13 @@ def find_kernel(name: str | None = None) -> Kernel:
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "no kernel image or build tree there", name)
         kernel = from_tree(path) if path.is_dir() else from_image(path)
+    elif (tree := cache_dir() / "kernels" / name / ".done").exists():
+        kernel = from_tree(tree.parent)
     else:
         image = newest_image(name)
         kernel = from_image(image) if image else None
+    if kernel is None and name[:1].isalpha():
+        raise FileNotFoundError(errno.ENOENT, f"no such kernel; try: tools/lab-kernel {name}", name)
     if kernel is None:
         raise FileNotFoundError(
             errno.ENOENT,
