@@ -1,8 +1,8 @@
 """Which kernel to boot: its image, its headers and its modules.
 
 A kernel is named by its series (``6.1``, ``6.12``: the newest installed ABI is taken), by the name
-of a kernel with detectors that ``make lab-kernels`` built (``debug-6.12``), or by a path: a bzImage,
-or the top of a kernel build tree.
+of one with detectors that ``make lab-kernels`` built (``debug-6.12``), or by a path: a bzImage, or
+the top of a kernel build tree.
 """
 
 from __future__ import annotations
