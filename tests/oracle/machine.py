@@ -1,0 +1,595 @@
+"""The machine that makes the same calls in the model and on a kernel, and compares.
+
+Hypothesis chooses the calls. Arguments are small numbers that mean something only together with
+the state (the third descriptor this process has), so that most calls do something and a failing
+run shrinks. Each comparison is a step.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from tests.oracle import model
+from tests.oracle.model import (
+    ADVICE,
+    ANONYMOUS,
+    EXEC,
+    FIXED,
+    MAX_SIZE,
+    NOREPLACE,
+    NORESERVE,
+    PAGE,
+    PRIVATE,
+    READ,
+    RW,
+    SHARED,
+    SLOT,
+    TMPFILE,
+    WRITE,
+    Closed,
+    Fault,
+    Mount,
+    Readonly,
+    Window,
+)
+from tests.oracle.setting import FILE_SIZE, NOBODY, Engine, Setting
+
+T = TypeVar("T")
+ARENA = 16 << 40
+"""Where windows with a chosen address go, in every process."""
+PROCESSES = 3
+BAD = -1
+"""A handle that nothing has."""
+
+small = st.integers(0, 15)
+process = st.integers(0, PROCESSES - 1)
+name = st.sampled_from("abc")
+mode = st.sampled_from([0o600, 0o644, 0o666, 0o000, 0o640])
+page = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 511, 512, 513, -1, SLOT // PAGE, SLOT // PAGE - 1])
+length = st.sampled_from([1, 2, 3, 8, 512, 1024, SLOT // PAGE, SLOT // PAGE + 1, 2 * SLOT // PAGE])
+byte = st.integers(1, 255)
+slot = st.integers(0, 7)
+advice = st.sampled_from(sorted(ADVICE))
+source = st.sampled_from(["memfd", "memfd", "memfd-ro", "tmpfs", "disk", "disk-ro"])
+any_source = st.sampled_from(
+    ["memfd", "memfd-ro", "memfd-wo", "disk", "disk-wo", "sealed", "pipe", "device", "folder",
+     "huge", "info", "closed"]
+)  # fmt: skip
+odd = st.sampled_from([0, 1, 100, PAGE, SLOT, SLOT - PAGE, 4 * SLOT, 1 << 62, (1 << 64) - PAGE])
+size_of_region = st.sampled_from(
+    [SLOT, 2 * SLOT, 2 * SLOT, 4 * SLOT, 0, PAGE, SLOT + PAGE, -SLOT, MAX_SIZE + SLOT, 1 << 62]
+)
+opening = st.sampled_from(
+    [os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_EXCL,
+     os.O_RDONLY | os.O_CREAT, os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_RDONLY, os.O_WRONLY,
+     os.O_RDWR | os.O_TRUNC, os.O_PATH]
+)  # fmt: skip
+Outcome = tuple[str, Any]
+
+
+def outcome(call: Callable[..., Any], *args: Any) -> Outcome:
+    """What a call came to: a value, an errno by name, a signal by name, or a refusal of Python."""
+    try:
+        return "value", call(*args)
+    except OSError as error:
+        return "error", errno.errorcode[error.errno or 0]
+    except Fault as fault:
+        return "signal", fault.signal.name
+    except (Closed, Readonly) as refusal:
+        return "refused", type(refusal).__name__
+
+
+class Comparing(RuleBasedStateMachine):
+    """Makes one call on both sides. ``model`` and ``real`` have the same calls."""
+
+    steps: ClassVar[int] = 0
+    """Comparisons so far, of all machines."""
+    setting: ClassVar[Any]
+    """What the calls are made on."""
+    model: Mount
+    real: Engine
+
+    def same(self, what: str, expected: object, actual: object) -> None:
+        """One step: model and kernel agree."""
+        Comparing.steps += 1
+        assert expected == actual, f"{what}: the model says {expected}, the kernel {actual}"
+
+    def both(self, number: int | None, call: str, *args: Any) -> Outcome:
+        """Make one call in the model and in the kernel; they agree."""
+        if number is None:
+            expected = outcome(getattr(self.model, call), *args)
+            actual = outcome(getattr(self.real, call), *args)
+        else:
+            expected = outcome(getattr(self.model.processes[number], call), *args)
+            actual = outcome(self.real.call, number, call, *args)
+        self.same(f"{call}{args} by {number}", expected, actual)
+        return expected
+
+    def pick(self, number: int, things: Iterable[T]) -> T | None:
+        """One of what there is."""
+        found = list(things)
+        return found[number % len(found)] if found else None
+
+    @staticmethod
+    def signal_name(number: int | None) -> str | None:
+        """A signal, or None."""
+        return None if number is None else signal.Signals(number).name
+
+
+class Machine(Comparing):
+    """The raw ABI: files, ioctls, windows, memory, in several processes of two users."""
+
+    setting: ClassVar[Setting]
+    """What the calls are made on."""
+    wrong: ClassVar[type[model.Process] | None] = None
+    """Another model of a process, to see that it is found out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.real = self.setting.engine()
+        self.model = self.setting.model(self.wrong)
+        self.handles = 0
+        for number in range(PROCESSES):
+            self.both(None, "spawn", number, NOBODY if number == 2 else 0)
+
+    def teardown(self) -> None:
+        """Without processes and names nothing is left of any region."""
+        self.real.finish()
+        self.setting.clear()
+        for number in list(self.model.processes):
+            self.model.kill(number)
+        assert self.real.statfs() == 0, "memory is left when the last user is gone"
+
+    # Comparing.
+
+    def faults(self, number: int, window: Window) -> int | None:
+        """INFO's count of faults, if the process has a descriptor to ask with."""
+        for handle, file in self.model.processes[number].descriptors.items():
+            if file.region is window.region and not file.path_only:
+                faults: int = self.real.call(number, "faults", handle)
+                return faults
+        return None
+
+    def access(self, number: int, window: Window, how: str, call: str, *args: Any) -> Outcome:
+        """Load or store: the same bytes or the same signal; and no fault where none can be."""
+        expected = outcome(getattr(self.model.processes[number], call), *args)
+        before = self.faults(number, window)
+        if expected[0] == "value":
+            real = call if how == "direct" else f"{call}_by_call"
+            actual = outcome(self.real.call, number, real, *args)
+            if call == "load":
+                expected, may_fault = ("value", expected[1][0]), expected[1][1]
+            else:
+                expected, may_fault = ("value", None), expected[1]
+            if not may_fault and before is not None:
+                after = self.faults(number, window)
+                self.same(f"faults of {call}{args} by {number}", before, after)
+        elif how == "direct":
+            died = self.real.call(number, "end_of", args[0], call == "store")
+            actual = ("signal", self.signal_name(died))
+        else:
+            actual = outcome(self.real.call, number, f"{call}_by_call", *args)
+            expected = ("error", "EFAULT")
+        self.same(f"{how} {call}{args} by {number}", expected, actual)
+        return expected
+
+    # Choosing.
+
+    def handle(self, number: int, which: int) -> int:
+        """A descriptor of a process, and now and then none."""
+        found = self.pick(which, self.model.processes[number].descriptors)
+        return BAD if found is None or which == 15 else found
+
+    def window(self, number: int, which: int) -> Window | None:
+        """A window of a process."""
+        return self.pick(which, self.model.processes[number].windows)
+
+    def address(self, window: Window, number: int) -> int:
+        """The address of a page of a window."""
+        return window.address + (number * PAGE) % window.size
+
+    def new(self) -> int:
+        """A handle nobody has."""
+        self.handles += 1
+        return self.handles
+
+    # Rules.
+
+    @initialize(slots=st.integers(1, 2), prot=st.sampled_from([READ, RW]))
+    def begin(self, slots: int, prot: int) -> None:
+        """One region with content, in two processes."""
+        handle = self.new()
+        self.both(0, "open", handle, "a", os.O_RDWR | os.O_CREAT, 0o644)
+        self.both(0, "ftruncate", handle, slots * SLOT)
+        flags = SHARED | FIXED | ANONYMOUS
+        self.both(0, "create_mapping", handle, 0, 512 * PAGE, 0, RW, flags, "closed")
+        self.both(None, "send", 0, handle, 1)
+        self.attach(0, handle, slots * SLOT, RW, SHARED | FIXED, ARENA, 0)
+        self.attach(1, handle, slots * SLOT, prot, SHARED, 0, 0)
+
+    @rule(p=process, name=name, flags=opening, mode=mode)
+    def open(self, p: int, name: str, flags: int, mode: int) -> None:
+        """A region by name, which may not be there."""
+        self.both(p, "open", self.new(), name, flags, mode)
+
+    @rule(p=process, mode=mode)
+    def open_without_name(self, p: int, mode: int) -> None:
+        """O_TMPFILE."""
+        self.both(p, "open", self.new(), TMPFILE, os.O_RDWR, mode)
+
+    @rule(p=process, fd=small)
+    def close(self, p: int, fd: int) -> None:
+        """One descriptor less."""
+        self.both(p, "close", self.handle(p, fd))
+
+    @rule(p=process, fd=small, size=size_of_region)
+    def ftruncate(self, p: int, fd: int, size: int) -> None:
+        """A size, or none."""
+        self.both(p, "ftruncate", self.handle(p, fd), size)
+
+    @rule(p=process, fd=small, mode=st.sampled_from([0, 0, 0, 1, 3]), at=odd, size=size_of_region)
+    def fallocate(self, p: int, fd: int, mode: int, at: int, size: int) -> None:
+        """The same by fallocate, mostly from 0."""
+        at = at if at in (PAGE, SLOT) else 0
+        self.both(p, "fallocate", self.handle(p, fd), mode, at, size)
+
+    @rule(p=process, fd=small, what=st.sampled_from(["read", "write"]))
+    def read_or_write(self, p: int, fd: int, what: str) -> None:
+        """Which a region does not have."""
+        self.both(p, what, self.handle(p, fd))
+
+    @rule(p=process, fd=small)
+    def fstat(self, p: int, fd: int) -> None:
+        """Size, mode, names, owner."""
+        self.both(p, "fstat", self.handle(p, fd))
+
+    @rule(p=process, fd=small, mode=mode)
+    def fchmod(self, p: int, fd: int, mode: int) -> None:
+        """By its owner, or not."""
+        self.both(p, "fchmod", self.handle(p, fd), mode)
+
+    @rule(p=st.integers(0, 1), fd=small, name=name)
+    def link(self, p: int, fd: int, name: str) -> None:
+        """A name for a descriptor."""
+        self.both(p, "link", self.handle(p, fd), name)
+
+    @rule(p=process, name=name)
+    def unlink(self, p: int, name: str) -> None:
+        """One name less."""
+        self.both(p, "unlink", name)
+
+    @rule(p=process, old=name, new=name)
+    def rename(self, p: int, old: str, new: str) -> None:
+        """Over a name that may be taken."""
+        self.both(p, "rename", old, new)
+
+    @rule(
+        p=process, fd=small, at=page, size=length,
+        prot=st.sampled_from([RW, RW, READ]), extra=st.sampled_from([0, NORESERVE]),
+    )  # fmt: skip
+    def map_memory(self, p: int, fd: int, at: int, size: int, prot: int, extra: int) -> None:
+        """Anonymous memory in place of what is there."""
+        self.create(p, fd, at, size, 0, prot, SHARED | FIXED | ANONYMOUS | extra, "closed")
+
+    @rule(
+        p=process, fd=small, at=page, size=length, offset=st.integers(0, 9),
+        prot=st.sampled_from([RW, RW, READ]), source=source,
+    )  # fmt: skip
+    def map_file(
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, source: str
+    ) -> None:
+        """A file in place of what is there, longer or shorter than the range."""
+        self.create(p, fd, at, size, offset * PAGE, prot, SHARED | FIXED, source)
+
+    def create(
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
+    ) -> None:
+        """CREATE_MAPPING of pages, counted from the region's end if negative."""
+        handle = self.handle(p, fd)
+        start, size = self.place(p, handle, at), size * PAGE
+        self.both(p, "create_mapping", handle, start, size, offset, prot, flags, source)
+
+    def place(self, p: int, handle: int, at: int) -> int:
+        """Where a page is in a region; negative counts from its end."""
+        file = self.model.processes[p].descriptors.get(handle)
+        return at * PAGE if at >= 0 or not file or not file.region else file.region.size - PAGE
+
+    @rule(
+        p=process, fd=small, at=odd, size=odd, offset=odd,
+        prot=st.sampled_from([READ, RW, RW, 0, WRITE, EXEC | READ, 8]),
+        flags=st.sampled_from([
+            SHARED | FIXED, SHARED | FIXED, SHARED | FIXED | ANONYMOUS, SHARED | ANONYMOUS,
+            PRIVATE | FIXED | ANONYMOUS, FIXED | ANONYMOUS, SHARED | FIXED | 0x40,
+        ]),
+        source=any_source, valid=st.integers(0, 3),
+    )  # fmt: skip
+    def map_anything(
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, flags: int,
+        source: str, valid: int,
+    ) -> None:  # fmt: skip
+        """Arguments that are mostly wrong, also all but one right."""
+        if valid != 0:
+            at, size = 0, 4 * PAGE
+        if valid > 1:
+            offset = 0
+        if valid > 2:
+            prot = prot if prot in (READ, RW) else READ
+        self.both(p, "create_mapping", self.handle(p, fd), at, size, offset, prot, flags, source)
+
+    @rule(p=process, fd=small, at=page, size=length)
+    def unmap(self, p: int, fd: int, at: int, size: int) -> None:
+        """A hole in place of what is there."""
+        handle = self.handle(p, fd)
+        self.both(p, "unmap", handle, self.place(p, handle, at), size * PAGE)
+
+    @rule(p=process, fd=small, at=odd, size=odd)
+    def unmap_anything(self, p: int, fd: int, at: int, size: int) -> None:
+        """A range that is mostly wrong."""
+        self.both(p, "unmap", self.handle(p, fd), at, size)
+
+    @rule(
+        p=process, fd=small, at=page, size=length,
+        prot=st.sampled_from([READ, READ, READ, RW, RW, RW, 0, WRITE, EXEC | READ]),
+        reserved=st.sampled_from([0, 0, 0, 0, 0, 0, 0, 1]),
+    )  # fmt: skip
+    def protect(self, p: int, fd: int, at: int, size: int, prot: int, reserved: int) -> None:
+        """Forbid or allow writing."""
+        handle = self.handle(p, fd)
+        start = self.place(p, handle, at)
+        self.both(p, "protect", handle, start, size * PAGE, prot, reserved)
+
+    @rule(p=process, fd=small, at=odd, size=odd)
+    def protect_anything(self, p: int, fd: int, at: int, size: int) -> None:
+        """A range that is mostly wrong."""
+        self.both(p, "protect", self.handle(p, fd), at, size, READ)
+
+    @rule(p=process, fd=small, room=st.sampled_from([128, 128, 128, 256, 104, 32, 16, 15, 0]))
+    def info(self, p: int, fd: int, room: int) -> None:
+        """Every field that is exact, and what does not fit is left alone."""
+        handle = self.handle(p, fd)
+        expected = outcome(self.model.processes[p].info, handle, room)
+        actual = outcome(self.real.call, p, "info", handle, room)
+        if expected[0] == "value":
+            wanted = {key: value for key, value in expected[1].items() if value is not None}
+            found = {key: actual[1][key] for key in wanted} if actual[0] == "value" else actual
+            self.same(f"info of {handle} by {p}", wanted, found)
+        else:
+            self.same(f"info of {handle} by {p}", expected, actual)
+
+    @rule(p=process, fd=small, number=st.sampled_from([0x40107809, 0x7803, 0x5401]))
+    def ioctl(self, p: int, fd: int, number: int) -> None:
+        """A call that there is not."""
+        self.both(p, "ioctl", self.handle(p, fd), number)
+
+    @rule(
+        p=process, fd=small, slots=st.integers(1, 2), prot=st.sampled_from([RW, RW, READ, WRITE]),
+        flags=st.sampled_from([SHARED, SHARED | FIXED, SHARED | NOREPLACE]), at=slot,
+        offset=st.sampled_from([0, 0, 0, SLOT]),
+    )  # fmt: skip
+    def mmap(
+        self, p: int, fd: int, slots: int, prot: int, flags: int, at: int, offset: int
+    ) -> None:
+        """A window, if the region is large enough."""
+        place = ARENA + at * SLOT if flags & (FIXED | NOREPLACE) else 0
+        self.attach(p, self.handle(p, fd), slots * SLOT, prot, flags, place, offset)
+
+    @rule(
+        p=process, fd=small, prot=st.sampled_from([RW, READ, 0, EXEC | READ, RW | EXEC]),
+        size=st.sampled_from([SLOT, SLOT - 100, 0, PAGE, SLOT + PAGE, 4 * SLOT, 32 << 40, 1 << 47]),
+        flags=st.sampled_from([SHARED, SHARED | FIXED, SHARED | NOREPLACE, PRIVATE, 0]),
+        at=slot, shift=st.sampled_from([0, 0, 0, PAGE, 100]),
+        offset=st.sampled_from([0, 0, 0, PAGE, SLOT, 100, 1 << 62]),
+    )  # fmt: skip
+    def mmap_anything(
+        self, p: int, fd: int, size: int, prot: int, flags: int, at: int, shift: int, offset: int
+    ) -> None:
+        """Arguments of which one or more are mostly wrong."""
+        place = ARENA + at * SLOT + shift
+        self.attach(p, self.handle(p, fd), size, prot, flags, place, offset)
+
+    def attach(
+        self, p: int, handle: int, size: int, prot: int, flags: int, address: int, offset: int
+    ) -> None:
+        """mmap, and look at what address it gave and what page tables it took."""
+        args = handle, size, prot, flags, address, offset
+        expected = outcome(self.model.processes[p].mmap, *args)
+        actual = outcome(self.real.call, p, "mmap", *args)
+        what = f"mmap{args} by {p}"
+        if expected[0] != "value" or actual[0] != "value":
+            self.same(what, expected, actual)
+            return
+        window, (found, grown) = expected[1], actual[1]
+        if flags & (FIXED | NOREPLACE):
+            self.same(what, address, found)
+        else:
+            self.same(f"alignment of {what}", 0, found % SLOT)
+            taken = self.model.processes[p].touched(found, found + window.size)
+            assert taken in ([], [window]), f"{what}: on top of another window"
+            window.address = found
+        assert grown <= self.setting.tables, f"{what}: {grown} bytes of page tables"
+
+    @rule(p=process, which=small, part=st.sampled_from(["all"] * 4 + ["head", "tail", "page"]))
+    def munmap(self, p: int, which: int, part: str) -> None:
+        """A window, or a part of it."""
+        if window := self.window(p, which):
+            self.both(p, "munmap", *self.range_of(window, part))
+
+    def range_of(self, window: Window, part: str) -> tuple[int, int]:
+        """A window, or some of it."""
+        match part:
+            case "head":
+                return window.address, window.size // 2
+            case "tail":
+                return window.address + window.size // 2, window.size // 2
+            case "page":
+                return window.address + PAGE, PAGE
+            case _:
+                return window.address, window.size
+
+    @rule(p=process, at=slot, slots=st.integers(1, 4), call=st.sampled_from(["munmap", "cover"]))
+    def clear(self, p: int, at: int, slots: int, call: str) -> None:
+        """A range with any number of windows, whole and in part."""
+        start, size = ARENA + at * SLOT, slots * SLOT
+        process = self.model.processes[p]
+        if call == "cover" and not process.touched(start, start + size):
+            return
+        expected = outcome(getattr(process, call), start, size)
+        actual = outcome(self.real.call, p, call, start, size)
+        if call == "cover" and actual == ("error", "ENOMEM"):
+            actual = ("error", "EINVAL")  # 6.1
+        self.same(f"{call}({start:#x}, {size:#x}) by {p}", expected, actual)
+
+    @rule(
+        p=process, which=small, at=slot, shift=st.sampled_from([0, 0, 0, 0, 0, PAGE, 100]),
+        flags=st.sampled_from([3, 3, 3, 3, 1, 2, 5, 7]),
+        part=st.sampled_from(["all"] * 5 + ["head", "tail", "page"]),
+        change=st.sampled_from([0, 0, 0, 0, 0, PAGE, SLOT, -PAGE]),
+    )  # fmt: skip
+    def mremap(
+        self, p: int, which: int, at: int, shift: int, flags: int, part: str, change: int
+    ) -> None:
+        """To another place, of all or a part, to more or less."""
+        if window := self.window(p, which):
+            address, size = self.range_of(window, part)
+            new = size + change
+            if new <= 0:
+                return
+            target = ARENA + at * SLOT + shift
+            self.both(p, "mremap", address, size, new, flags, target)
+
+    @rule(
+        p=process, which=small, part=st.sampled_from(["all", "head", "page"]),
+        prot=st.sampled_from([READ, RW, 0, READ | EXEC]),
+    )  # fmt: skip
+    def mprotect(self, p: int, which: int, part: str, prot: int) -> None:
+        """Refused."""
+        if window := self.window(p, which):
+            self.both(p, "mprotect", *self.range_of(window, part), prot)
+
+    @rule(p=process, which=small, number=page, size=st.sampled_from([1, 2, 3, 8]), advice=advice)
+    def madvise(self, p: int, which: int, number: int, size: int, advice: str) -> None:
+        """On some pages."""
+        if window := self.window(p, which):
+            start = self.address(window, number)
+            self.both(p, "madvise", start, min(size * PAGE, window.end - start), advice)
+
+    @rule(
+        p=process, which=small,
+        advice=st.sampled_from(sorted(set(ADVICE) - {"POPULATE_READ", "POPULATE_WRITE"})),
+    )  # fmt: skip
+    def madvise_all(self, p: int, which: int, advice: str) -> None:
+        """On a whole window."""
+        if window := self.window(p, which):
+            self.both(p, "madvise", window.address, window.size, advice)
+
+    @rule(p=process, which=small, number=page, size=st.sampled_from([1, 2, 8]))
+    def mlock(self, p: int, which: int, number: int, size: int) -> None:
+        """Some pages."""
+        if window := self.window(p, which):
+            start = self.address(window, number)
+            self.both(p, "mlock", start, min(size * PAGE, window.end - start))
+
+    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]))
+    def load(self, p: int, which: int, number: int, at: int) -> None:
+        """By an instruction."""
+        if window := self.window(p, which):
+            self.access(p, window, "direct", "load", self.address(window, number) + at, 8)
+
+    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]), byte=byte)
+    def store(self, p: int, which: int, number: int, at: int, byte: int) -> None:
+        """By an instruction."""
+        if window := self.window(p, which):
+            address, data = self.address(window, number) + at, bytes([byte] * 8)
+            self.access(p, window, "direct", "store", address, data)
+
+    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]))
+    def load_by_call(self, p: int, which: int, number: int, at: int) -> None:
+        """By the kernel, which says EFAULT."""
+        if window := self.window(p, which):
+            self.access(p, window, "call", "load", self.address(window, number) + at, 8)
+
+    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]), byte=byte)
+    def store_by_call(self, p: int, which: int, number: int, at: int, byte: int) -> None:
+        """By the kernel, which says EFAULT."""
+        if window := self.window(p, which):
+            address, data = self.address(window, number) + at, bytes([byte] * 8)
+            self.access(p, window, "call", "store", address, data)
+
+    @rule(p=process, which=small, byte=byte)
+    def compare_all(self, p: int, which: int, byte: int) -> None:
+        """A store is seen at once through every window of every process."""
+        window = self.window(p, which)
+        if not window:
+            return
+        address, data = window.address, bytes([byte] * 8)
+        if self.access(p, window, "call", "store", address, data)[0] != "value":
+            return
+        place = window.offset
+        for number, process in self.model.processes.items():
+            for each in process.windows:
+                if each.region is window.region and each.offset <= place < each.offset + each.size:
+                    self.access(number, each, "call", "load", each.address + place - each.offset, 8)
+
+    @rule(p=st.integers(0, 1), q=process, which=small, number=page)
+    def load_of_another(self, p: int, q: int, which: int, number: int) -> None:
+        """Another process's window, by process_vm_readv."""
+        if window := self.window(q, which):
+            address = self.address(window, number)
+            expected = outcome(self.model.processes[q].load, address, 8)
+            actual = outcome(self.real.call, p, "load_of", self.real.pids[q], address, 8)
+            wanted = ("value", expected[1][0]) if expected[0] == "value" else ("error", "EFAULT")
+            self.same(f"load of {q} at {address:#x} by {p}", wanted, actual)
+
+    @rule(p=process, source=st.sampled_from(["memfd", "tmpfs", "disk"]), number=small, byte=byte)
+    def file_write(self, p: int, source: str, number: int, byte: int) -> None:
+        """Into a file, not through a region."""
+        self.both(p, "file_write", source, number * PAGE, bytes([byte] * 8))
+
+    @rule(p=process, source=st.sampled_from(["memfd", "tmpfs", "disk"]), number=small)
+    def file_read(self, p: int, source: str, number: int) -> None:
+        """What was stored through a region is in the file."""
+        self.both(p, "file_read", source, number * PAGE, 8)
+
+    @rule(
+        p=process, source=st.sampled_from(["memfd", "tmpfs", "disk"]),
+        size=st.sampled_from([0, 1, 3, FILE_SIZE // PAGE, 16]),
+    )  # fmt: skip
+    def file_resize(self, p: int, source: str, size: int) -> None:
+        """A file that becomes shorter or longer under a region."""
+        self.both(p, "file_resize", source, size * PAGE)
+
+    @rule(p=process, q=process)
+    def fork(self, p: int, q: int) -> None:
+        """One process dies and a child of another takes its number."""
+        if p != q:
+            self.both(None, "kill", q)
+            self.both(None, "fork", p, q)
+
+    @rule(p=process)
+    def restart(self, p: int) -> None:
+        """One process is killed, and a new one has nothing."""
+        user = self.model.processes[p].user
+        self.both(None, "kill", p)
+        self.both(None, "spawn", p, user)
+
+    @rule(p=process, q=process, fd=small)
+    def send(self, p: int, q: int, fd: int) -> None:
+        """A descriptor goes to another process."""
+        handle = self.pick(fd, self.model.processes[p].descriptors)
+        if handle is not None and p != q:
+            self.both(None, "send", p, handle, q)
+
+    @rule()
+    def mount(self) -> None:
+        """The names there are; and memory is that of regions somebody can still reach."""
+        self.both(None, "listdir")
+        expected = self.model.statfs()
+        if expected is not None:
+            self.same("statfs", expected, self.real.statfs())
