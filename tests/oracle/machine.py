@@ -56,6 +56,12 @@ page = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 511, 512, 513, -1, SLOT // PAGE,
 length = st.sampled_from([1, 2, 3, 8, 512, 1024, SLOT // PAGE, SLOT // PAGE + 1, 2 * SLOT // PAGE])
 byte = st.integers(1, 255)
 slot = st.integers(0, 7)
+one_access = st.tuples(
+    process, small, page, st.sampled_from([0, 8, PAGE - 8]),
+    st.sampled_from(["direct", "call", "call"]), st.sampled_from([0, 0, *range(1, 256)]),
+)  # fmt: skip
+"""Process, window, page, byte in it, how, and what to store or 0 to load."""
+seldom = st.integers(0, 3).map(lambda number: not number)
 advice = st.sampled_from(sorted(ADVICE))
 source = st.sampled_from(["memfd", "memfd", "memfd-ro", "tmpfs", "disk", "disk-ro"])
 any_source = st.sampled_from(
@@ -187,9 +193,19 @@ class Machine(Comparing):
         found = self.pick(which, self.model.processes[number].descriptors)
         return BAD if found is None or which == 15 else found
 
-    def window(self, number: int, which: int) -> Window | None:
-        """A window of a process."""
-        return self.pick(which, self.model.processes[number].windows)
+    def descriptor(self, number: int, which: int) -> tuple[int, int]:
+        """A process that has a descriptor, this one if it has, and a descriptor."""
+        for each in (number, *range(PROCESSES)):
+            if self.model.processes[each].descriptors:
+                return each, self.handle(each, which)
+        return number, BAD
+
+    def window(self, number: int, which: int) -> tuple[int, Window | None]:
+        """A process that has a window, this one if it has, and a window."""
+        for each in (number, *range(PROCESSES)):
+            if found := self.pick(which, self.model.processes[each].windows):
+                return each, found
+        return number, None
 
     def address(self, window: Window, number: int) -> int:
         """The address of a page of a window."""
@@ -214,6 +230,27 @@ class Machine(Comparing):
         self.attach(0, handle, slots * SLOT, RW, SHARED | FIXED, ARENA, 0)
         self.attach(1, handle, slots * SLOT, prot, SHARED, 0, 0)
 
+    @rule(p=process, slots=st.integers(1, 2), mode=mode, at=page, size=length, link=small)
+    def make(self, p: int, slots: int, mode: int, at: int, size: int, link: int) -> None:
+        """A region with content, made without a name, and perhaps given one."""
+        handle = self.new()
+        self.both(p, "open", handle, TMPFILE, os.O_RDWR, mode)
+        self.both(p, "fallocate", handle, 0, 0, slots * SLOT)
+        start = self.place(p, handle, at)
+        flags = SHARED | FIXED | ANONYMOUS
+        self.both(p, "create_mapping", handle, start, size * PAGE, 0, RW, flags, "closed")
+        if link < 3 and p != 2:
+            self.both(p, "link", handle, "abc"[link])
+        self.attach(p, handle, slots * SLOT, RW, SHARED, 0, 0)
+
+    @rule(p=process, which=small, prot=st.sampled_from([RW, RW, READ]))
+    def attach_whole(self, p: int, which: int, prot: int) -> None:
+        """A window of all that a region has."""
+        p, handle = self.descriptor(p, which)
+        file = self.model.processes[p].descriptors.get(handle)
+        if file and file.region and file.region.size and not file.path_only:
+            self.attach(p, handle, file.region.size, prot, SHARED, 0, 0)
+
     @rule(p=process, name=name, flags=opening, mode=mode)
     def open(self, p: int, name: str, flags: int, mode: int) -> None:
         """A region by name, which may not be there."""
@@ -227,38 +264,45 @@ class Machine(Comparing):
     @rule(p=process, fd=small)
     def close(self, p: int, fd: int) -> None:
         """One descriptor less."""
-        self.both(p, "close", self.handle(p, fd))
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "close", handle)
 
     @rule(p=process, fd=small, size=size_of_region)
     def ftruncate(self, p: int, fd: int, size: int) -> None:
         """A size, or none."""
-        self.both(p, "ftruncate", self.handle(p, fd), size)
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "ftruncate", handle, size)
 
     @rule(p=process, fd=small, mode=st.sampled_from([0, 0, 0, 1, 3]), at=odd, size=size_of_region)
     def fallocate(self, p: int, fd: int, mode: int, at: int, size: int) -> None:
         """The same by fallocate, mostly from 0."""
         at = at if at in (PAGE, SLOT) else 0
-        self.both(p, "fallocate", self.handle(p, fd), mode, at, size)
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "fallocate", handle, mode, at, size)
 
     @rule(p=process, fd=small, what=st.sampled_from(["read", "write"]))
     def read_or_write(self, p: int, fd: int, what: str) -> None:
         """Which a region does not have."""
-        self.both(p, what, self.handle(p, fd))
+        p, handle = self.descriptor(p, fd)
+        self.both(p, what, handle)
 
     @rule(p=process, fd=small)
     def fstat(self, p: int, fd: int) -> None:
         """Size, mode, names, owner."""
-        self.both(p, "fstat", self.handle(p, fd))
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "fstat", handle)
 
     @rule(p=process, fd=small, mode=mode)
     def fchmod(self, p: int, fd: int, mode: int) -> None:
         """By its owner, or not."""
-        self.both(p, "fchmod", self.handle(p, fd), mode)
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "fchmod", handle, mode)
 
     @rule(p=st.integers(0, 1), fd=small, name=name)
     def link(self, p: int, fd: int, name: str) -> None:
         """A name for a descriptor."""
-        self.both(p, "link", self.handle(p, fd), name)
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "link", handle, name)
 
     @rule(p=process, name=name)
     def unlink(self, p: int, name: str) -> None:
@@ -292,7 +336,7 @@ class Machine(Comparing):
         self, p: int, fd: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
     ) -> None:
         """CREATE_MAPPING of pages, counted from the region's end if negative."""
-        handle = self.handle(p, fd)
+        p, handle = self.descriptor(p, fd)
         start, size = self.place(p, handle, at), size * PAGE
         self.both(p, "create_mapping", handle, start, size, offset, prot, flags, source)
 
@@ -321,18 +365,14 @@ class Machine(Comparing):
             offset = 0
         if valid > 2:
             prot = prot if prot in (READ, RW) else READ
-        self.both(p, "create_mapping", self.handle(p, fd), at, size, offset, prot, flags, source)
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "create_mapping", handle, at, size, offset, prot, flags, source)
 
     @rule(p=process, fd=small, at=page, size=length)
     def unmap(self, p: int, fd: int, at: int, size: int) -> None:
         """A hole in place of what is there."""
-        handle = self.handle(p, fd)
+        p, handle = self.descriptor(p, fd)
         self.both(p, "unmap", handle, self.place(p, handle, at), size * PAGE)
-
-    @rule(p=process, fd=small, at=odd, size=odd)
-    def unmap_anything(self, p: int, fd: int, at: int, size: int) -> None:
-        """A range that is mostly wrong."""
-        self.both(p, "unmap", self.handle(p, fd), at, size)
 
     @rule(
         p=process, fd=small, at=page, size=length,
@@ -341,19 +381,20 @@ class Machine(Comparing):
     )  # fmt: skip
     def protect(self, p: int, fd: int, at: int, size: int, prot: int, reserved: int) -> None:
         """Forbid or allow writing."""
-        handle = self.handle(p, fd)
+        p, handle = self.descriptor(p, fd)
         start = self.place(p, handle, at)
         self.both(p, "protect", handle, start, size * PAGE, prot, reserved)
 
-    @rule(p=process, fd=small, at=odd, size=odd)
-    def protect_anything(self, p: int, fd: int, at: int, size: int) -> None:
+    @rule(p=process, fd=small, at=odd, size=odd, call=st.sampled_from(["unmap", "protect"]))
+    def odd_range(self, p: int, fd: int, at: int, size: int, call: str) -> None:
         """A range that is mostly wrong."""
-        self.both(p, "protect", self.handle(p, fd), at, size, READ)
+        p, handle = self.descriptor(p, fd)
+        self.both(p, call, handle, at, size, *([READ] if call == "protect" else []))
 
     @rule(p=process, fd=small, room=st.sampled_from([128, 128, 128, 256, 104, 32, 16, 15, 0]))
     def info(self, p: int, fd: int, room: int) -> None:
         """Every field that is exact, and what does not fit is left alone."""
-        handle = self.handle(p, fd)
+        p, handle = self.descriptor(p, fd)
         expected = outcome(self.model.processes[p].info, handle, room)
         actual = outcome(self.real.call, p, "info", handle, room)
         if expected[0] == "value":
@@ -366,7 +407,8 @@ class Machine(Comparing):
     @rule(p=process, fd=small, number=st.sampled_from([0x40107809, 0x7803, 0x5401]))
     def ioctl(self, p: int, fd: int, number: int) -> None:
         """A call that there is not."""
-        self.both(p, "ioctl", self.handle(p, fd), number)
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "ioctl", handle, number)
 
     @rule(
         p=process, fd=small, slots=st.integers(1, 2), prot=st.sampled_from([RW, RW, READ, WRITE]),
@@ -378,7 +420,8 @@ class Machine(Comparing):
     ) -> None:
         """A window, if the region is large enough."""
         place = ARENA + at * SLOT if flags & (FIXED | NOREPLACE) else 0
-        self.attach(p, self.handle(p, fd), slots * SLOT, prot, flags, place, offset)
+        p, handle = self.descriptor(p, fd)
+        self.attach(p, handle, slots * SLOT, prot, flags, place, offset)
 
     @rule(
         p=process, fd=small, prot=st.sampled_from([RW, READ, 0, EXEC | READ, RW | EXEC]),
@@ -392,7 +435,8 @@ class Machine(Comparing):
     ) -> None:
         """Arguments of which one or more are mostly wrong."""
         place = ARENA + at * SLOT + shift
-        self.attach(p, self.handle(p, fd), size, prot, flags, place, offset)
+        p, handle = self.descriptor(p, fd)
+        self.attach(p, handle, size, prot, flags, place, offset)
 
     def attach(
         self, p: int, handle: int, size: int, prot: int, flags: int, address: int, offset: int
@@ -418,7 +462,8 @@ class Machine(Comparing):
     @rule(p=process, which=small, part=st.sampled_from(["all"] * 4 + ["head", "tail", "page"]))
     def munmap(self, p: int, which: int, part: str) -> None:
         """A window, or a part of it."""
-        if window := self.window(p, which):
+        p, window = self.window(p, which)
+        if window:
             self.both(p, "munmap", *self.range_of(window, part))
 
     def range_of(self, window: Window, part: str) -> tuple[int, int]:
@@ -456,7 +501,8 @@ class Machine(Comparing):
         self, p: int, which: int, at: int, shift: int, flags: int, part: str, change: int
     ) -> None:
         """To another place, of all or a part, to more or less."""
-        if window := self.window(p, which):
+        p, window = self.window(p, which)
+        if window:
             address, size = self.range_of(window, part)
             new = size + change
             if new <= 0:
@@ -470,13 +516,15 @@ class Machine(Comparing):
     )  # fmt: skip
     def mprotect(self, p: int, which: int, part: str, prot: int) -> None:
         """Refused."""
-        if window := self.window(p, which):
+        p, window = self.window(p, which)
+        if window:
             self.both(p, "mprotect", *self.range_of(window, part), prot)
 
     @rule(p=process, which=small, number=page, size=st.sampled_from([1, 2, 3, 8]), advice=advice)
     def madvise(self, p: int, which: int, number: int, size: int, advice: str) -> None:
         """On some pages."""
-        if window := self.window(p, which):
+        p, window = self.window(p, which)
+        if window:
             start = self.address(window, number)
             self.both(p, "madvise", start, min(size * PAGE, window.end - start), advice)
 
@@ -486,46 +534,34 @@ class Machine(Comparing):
     )  # fmt: skip
     def madvise_all(self, p: int, which: int, advice: str) -> None:
         """On a whole window."""
-        if window := self.window(p, which):
+        p, window = self.window(p, which)
+        if window:
             self.both(p, "madvise", window.address, window.size, advice)
 
     @rule(p=process, which=small, number=page, size=st.sampled_from([1, 2, 8]))
     def mlock(self, p: int, which: int, number: int, size: int) -> None:
         """Some pages."""
-        if window := self.window(p, which):
+        p, window = self.window(p, which)
+        if window:
             start = self.address(window, number)
             self.both(p, "mlock", start, min(size * PAGE, window.end - start))
 
-    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]))
-    def load(self, p: int, which: int, number: int, at: int) -> None:
-        """By an instruction."""
-        if window := self.window(p, which):
-            self.access(p, window, "direct", "load", self.address(window, number) + at, 8)
-
-    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]), byte=byte)
-    def store(self, p: int, which: int, number: int, at: int, byte: int) -> None:
-        """By an instruction."""
-        if window := self.window(p, which):
-            address, data = self.address(window, number) + at, bytes([byte] * 8)
-            self.access(p, window, "direct", "store", address, data)
-
-    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]))
-    def load_by_call(self, p: int, which: int, number: int, at: int) -> None:
-        """By the kernel, which says EFAULT."""
-        if window := self.window(p, which):
-            self.access(p, window, "call", "load", self.address(window, number) + at, 8)
-
-    @rule(p=process, which=small, number=page, at=st.sampled_from([0, 8, PAGE - 8]), byte=byte)
-    def store_by_call(self, p: int, which: int, number: int, at: int, byte: int) -> None:
-        """By the kernel, which says EFAULT."""
-        if window := self.window(p, which):
-            address, data = self.address(window, number) + at, bytes([byte] * 8)
-            self.access(p, window, "call", "store", address, data)
+    @rule(accesses=st.lists(one_access, min_size=1, max_size=8))
+    def use(self, accesses: list[tuple[int, int, int, int, str, int]]) -> None:
+        """Loads and stores, by instructions and by the kernel."""
+        for p, which, number, at, how, byte in accesses:
+            found, window = self.window(p, which)
+            if window:
+                address = self.address(window, number) + at
+                if byte:
+                    self.access(found, window, how, "store", address, bytes([byte] * 8))
+                else:
+                    self.access(found, window, how, "load", address, 8)
 
     @rule(p=process, which=small, byte=byte)
     def compare_all(self, p: int, which: int, byte: int) -> None:
         """A store is seen at once through every window of every process."""
-        window = self.window(p, which)
+        p, window = self.window(p, which)
         if not window:
             return
         address, data = window.address, bytes([byte] * 8)
@@ -540,7 +576,8 @@ class Machine(Comparing):
     @rule(p=st.integers(0, 1), q=process, which=small, number=page)
     def load_of_another(self, p: int, q: int, which: int, number: int) -> None:
         """Another process's window, by process_vm_readv."""
-        if window := self.window(q, which):
+        q, window = self.window(q, which)
+        if window:
             address = self.address(window, number)
             expected = outcome(self.model.processes[q].load, address, 8)
             actual = outcome(self.real.call, p, "load_of", self.real.pids[q], address, 8)
@@ -565,16 +602,18 @@ class Machine(Comparing):
         """A file that becomes shorter or longer under a region."""
         self.both(p, "file_resize", source, size * PAGE)
 
-    @rule(p=process, q=process)
-    def fork(self, p: int, q: int) -> None:
+    @rule(p=process, q=process, now=seldom)
+    def fork(self, p: int, q: int, now: bool) -> None:
         """One process dies and a child of another takes its number."""
-        if p != q:
+        if p != q and now:
             self.both(None, "kill", q)
             self.both(None, "fork", p, q)
 
-    @rule(p=process)
-    def restart(self, p: int) -> None:
+    @rule(p=process, now=seldom)
+    def restart(self, p: int, now: bool) -> None:
         """One process is killed, and a new one has nothing."""
+        if not now:
+            return
         user = self.model.processes[p].user
         self.both(None, "kill", p)
         self.both(None, "spawn", p, user)
