@@ -24,7 +24,7 @@ from tests.oracle.library import (
     LibraryMount,
     LibraryProcess,
 )
-from tests.oracle.machine import Comparing, Outcome, outcome
+from tests.oracle.machine import Comparing, Outcome, outcome, seldom
 from tests.oracle.model import PAGE, SLOT, Closed, Readonly
 from tests.oracle.setting import FILE_SIZE, NOBODY
 from tests.oracle.worker import Pool, Worker
@@ -263,6 +263,9 @@ class LibraryMachine(Comparing):
         """Its views stay."""
         if (handle := self.region(p, which)) is not None:
             self.both(p, call, handle)
+            for position in range(len(self.of(p).views)):
+                self.access(p, position, which * PAGE, b"")
+            self.both(p, "mappings")
 
     @rule(p=process, which=small, kind=st.integers(0, 1))
     def look(self, p: int, which: int, kind: int) -> None:
@@ -375,16 +378,18 @@ class LibraryMachine(Comparing):
         if (handle := self.region(p, which)) is not None:
             self.both(p, "protect_part", handle, offset * PAGE, length * PAGE, readonly)
 
-    @rule(p=process, q=process)
-    def fork(self, p: int, q: int) -> None:
+    @rule(p=process, q=process, now=seldom)
+    def fork(self, p: int, q: int, now: bool) -> None:
         """A child has its parent's regions and views."""
-        if p != q:
+        if p != q and now:
             self.both(None, "kill", q)
             self.both(None, "fork", p, q)
 
-    @rule(p=process)
-    def restart(self, p: int) -> None:
+    @rule(p=process, now=seldom)
+    def restart(self, p: int, now: bool) -> None:
         """A process is killed, and takes nothing with it."""
+        if not now:
+            return
         user = self.of(p).user
         self.both(None, "kill", p)
         self.both(None, "spawn", p, user)

@@ -37,6 +37,7 @@ from tests.oracle.model import (
     Fault,
     Mount,
     Readonly,
+    Region,
     Window,
 )
 from tests.oracle.setting import FILE_SIZE, NOBODY, Engine, Setting
@@ -216,6 +217,28 @@ class Machine(Comparing):
         self.handles += 1
         return self.handles
 
+    def probe(self, region: Region | None, start: int, end: int) -> None:
+        """Load and store where a range begins and ends and next to it, by two windows."""
+        windows = [
+            (number, each)
+            for number, process in self.model.processes.items()
+            for each in process.windows
+            if each.region is region
+        ]
+        for number, window in windows[:: max(1, len(windows) - 1)][:2]:
+            for position in (start, end - PAGE, end, start - PAGE):
+                address = position - window.offset + window.address
+                if window.address <= address < window.end:
+                    self.access(number, window, "call", "load", address, 8)
+                    data = bytes([self.handles % 255 + 1] * 8)
+                    self.access(number, window, "call", "store", address, data)
+
+    def change(self, p: int, call: str, handle: int, at: int, size: int, *args: Any) -> None:
+        """A layout change, and a look at what it did."""
+        if self.both(p, call, handle, at, size, *args)[0] == "value":
+            region = self.model.processes[p].descriptors[handle].region
+            self.probe(region, at, at + size)
+
     # Rules.
 
     @initialize(slots=st.integers(1, 2), prot=st.sampled_from([READ, RW]))
@@ -230,9 +253,13 @@ class Machine(Comparing):
         self.attach(0, handle, slots * SLOT, RW, SHARED | FIXED, ARENA, 0)
         self.attach(1, handle, slots * SLOT, prot, SHARED, 0, 0)
 
-    @rule(p=process, slots=st.integers(1, 2), mode=mode, at=page, size=length, link=small)
-    def make(self, p: int, slots: int, mode: int, at: int, size: int, link: int) -> None:
+    @rule(
+        p=process, slots=st.integers(1, 2), mode=mode, at=page, size=length, link=small, now=seldom
+    )  # fmt: skip
+    def make(self, p: int, slots: int, mode: int, at: int, size: int, link: int, now: bool) -> None:
         """A region with content, made without a name, and perhaps given one."""
+        if not now:
+            return
         handle = self.new()
         self.both(p, "open", handle, TMPFILE, os.O_RDWR, mode)
         self.both(p, "fallocate", handle, 0, 0, slots * SLOT)
@@ -253,8 +280,10 @@ class Machine(Comparing):
 
     @rule(p=process, name=name, flags=opening, mode=mode)
     def open(self, p: int, name: str, flags: int, mode: int) -> None:
-        """A region by name, which may not be there."""
-        self.both(p, "open", self.new(), name, flags, mode)
+        """A region by name, which may not be there, and a window of it."""
+        handle = self.new()
+        self.both(p, "open", handle, name, flags, mode)
+        self.attach(p, handle, SLOT, RW if mode & 4 else READ, SHARED, 0, 0)
 
     @rule(p=process, mode=mode)
     def open_without_name(self, p: int, mode: int) -> None:
@@ -338,7 +367,7 @@ class Machine(Comparing):
         """CREATE_MAPPING of pages, counted from the region's end if negative."""
         p, handle = self.descriptor(p, fd)
         start, size = self.place(p, handle, at), size * PAGE
-        self.both(p, "create_mapping", handle, start, size, offset, prot, flags, source)
+        self.change(p, "create_mapping", handle, start, size, offset, prot, flags, source)
 
     def place(self, p: int, handle: int, at: int) -> int:
         """Where a page is in a region; negative counts from its end."""
@@ -366,13 +395,13 @@ class Machine(Comparing):
         if valid > 2:
             prot = prot if prot in (READ, RW) else READ
         p, handle = self.descriptor(p, fd)
-        self.both(p, "create_mapping", handle, at, size, offset, prot, flags, source)
+        self.change(p, "create_mapping", handle, at, size, offset, prot, flags, source)
 
     @rule(p=process, fd=small, at=page, size=length)
     def unmap(self, p: int, fd: int, at: int, size: int) -> None:
         """A hole in place of what is there."""
         p, handle = self.descriptor(p, fd)
-        self.both(p, "unmap", handle, self.place(p, handle, at), size * PAGE)
+        self.change(p, "unmap", handle, self.place(p, handle, at), size * PAGE)
 
     @rule(
         p=process, fd=small, at=page, size=length,
@@ -383,7 +412,7 @@ class Machine(Comparing):
         """Forbid or allow writing."""
         p, handle = self.descriptor(p, fd)
         start = self.place(p, handle, at)
-        self.both(p, "protect", handle, start, size * PAGE, prot, reserved)
+        self.change(p, "protect", handle, start, size * PAGE, prot, reserved)
 
     @rule(p=process, fd=small, at=odd, size=odd, call=st.sampled_from(["unmap", "protect"]))
     def odd_range(self, p: int, fd: int, at: int, size: int, call: str) -> None:
@@ -601,6 +630,13 @@ class Machine(Comparing):
     def file_resize(self, p: int, source: str, size: int) -> None:
         """A file that becomes shorter or longer under a region."""
         self.both(p, "file_resize", source, size * PAGE)
+        content = self.model.sources[source].content
+        for region in self.model.alive():
+            for each in region.layout.extents:
+                end = each.start + size * PAGE - each.offset
+                if each.content is content and each.start <= end <= each.end:
+                    self.probe(region, max(end - PAGE, 0), end)
+                    return
 
     @rule(p=process, q=process, now=seldom)
     def fork(self, p: int, q: int, now: bool) -> None:
