@@ -1,6 +1,7 @@
-"""Run a machine for long: ``python -m tests.oracle --steps 100000 --seed 7``.
+"""Run a machine for long: ``python -m tests.oracle --lab 6.12 --steps 100000 --seed 7``.
 
-In the lab the raw ABI; ``--library ENGINE`` the library on one engine, anywhere.
+With ``--lab`` the machine runs here and drives the module on that kernel in the lab; without, in
+the lab, the module of the kernel that runs. ``--library ENGINE`` is the library on one engine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from mshare import hugepages
 from tests.conftest import HUGE_BYTES
 from tests.oracle.library_machine import Library, LibraryMachine
 from tests.oracle.machine import Comparing, Machine
+from tests.oracle.remote import Lab
 from tests.oracle.run import run
 from tests.oracle.setting import Kernel, Modelled
 
@@ -25,6 +27,8 @@ def main() -> None:
     parser.add_argument("--model", action="store_true", help="compare the model with itself")
     parser.add_argument("--library", metavar="ENGINE", help="the library on this engine")
     parser.add_argument("--no-shrink", action="store_true", help="report what was found as it is")
+    parser.add_argument("--lab", metavar="KERNEL", help="the module in the lab on this kernel")
+    parser.add_argument("--timeout", type=int, default=7200, help="seconds for the lab")
     options = parser.parse_args()
     with ExitStack() as stack:
         if options.library == "hugetlb":
@@ -34,10 +38,12 @@ def main() -> None:
 
 def repeat(options: argparse.Namespace) -> None:
     """Run after run, each with its seed."""
-    setting: Modelled | Kernel | Library
+    setting: Modelled | Kernel | Library | Lab
     machine: type[Comparing] = Machine
     if options.library:
         setting, machine = Library(options.library), LibraryMachine
+    elif options.lab:
+        setting = Lab(options.lab, options.timeout)
     else:
         setting = Modelled() if options.model else Kernel()
     started, seed = time.monotonic(), options.seed

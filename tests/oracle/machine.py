@@ -7,10 +7,9 @@ run shrinks. Each comparison is a step.
 
 from __future__ import annotations
 
-import errno
 import os
-import signal
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from tests.oracle.model import (
     ADVICE,
     ANONYMOUS,
     EXEC,
+    FILE_SIZE,
     FIXED,
     MAX_SIZE,
     NOREPLACE,
@@ -33,19 +33,19 @@ from tests.oracle.model import (
     SLOT,
     TMPFILE,
     WRITE,
-    Closed,
-    Fault,
     Mount,
-    Readonly,
     Region,
     Window,
 )
-from tests.oracle.setting import FILE_SIZE, NOBODY, Engine, Setting
+from tests.oracle.setting import NOBODY, Setting
+from tests.oracle.worker import NOMINAL, Call, Outcome, outcome
 
 T = TypeVar("T")
 ARENA = 16 << 40
 """Where windows with a chosen address go, in every process."""
 PROCESSES = 3
+BATCH = 100
+"""Calls the engine makes at a time."""
 BAD = -1
 """A handle that nothing has."""
 
@@ -78,56 +78,85 @@ opening = st.sampled_from(
      os.O_RDONLY | os.O_CREAT, os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_RDONLY, os.O_WRONLY,
      os.O_RDWR | os.O_TRUNC, os.O_PATH]
 )  # fmt: skip
-Outcome = tuple[str, Any]
 
 
-def outcome(call: Callable[..., Any], *args: Any) -> Outcome:
-    """What a call came to: a value, an errno by name, a signal by name, or a refusal of Python."""
-    try:
-        return "value", call(*args)
-    except OSError as error:
-        return "error", errno.errorcode[error.errno or 0]
-    except Fault as fault:
-        return "signal", fault.signal.name
-    except (Closed, Readonly) as refusal:
-        return "refused", type(refusal).__name__
+def without_faults(found: tuple[Any, int]) -> tuple[Any, int]:
+    """An access of which nobody knows how many faults it takes."""
+    return found[0], 0
+
+
+def only(exact: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are exact."""
+    return {key: found[key] for key in exact}
 
 
 class Comparing(RuleBasedStateMachine):
-    """Makes one call on both sides. ``model`` and ``real`` have the same calls."""
+    """Makes each call in the model and on the engine, and compares.
+
+    The model is asked at once, the engine in batches: nothing the machine does depends on it.
+    """
 
     steps: ClassVar[int] = 0
     """Comparisons so far, of all machines."""
     setting: ClassVar[Any]
     """What the calls are made on."""
     model: Mount
-    real: Engine
 
-    def same(self, what: str, expected: object, actual: object) -> None:
-        """One step: model and kernel agree."""
-        Comparing.steps += 1
-        assert expected == actual, f"{what}: the model says {expected}, the kernel {actual}"
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.expected: list[tuple[Outcome, Callable[[Any], Any] | None]] = []
+        self.handles = 0
+        self.later(None, "begin", (), ("value", None))
 
     def both(self, number: int | None, call: str, *args: Any) -> Outcome:
-        """Make one call in the model and in the kernel; they agree."""
-        if number is None:
-            expected = outcome(getattr(self.model, call), *args)
-            actual = outcome(getattr(self.real, call), *args)
-        else:
-            expected = outcome(getattr(self.model.processes[number], call), *args)
-            actual = outcome(self.real.call, number, call, *args)
-        self.same(f"{call}{args} by {number}", expected, actual)
+        """One call on both sides; what the model says."""
+        side = self.model if number is None else self.model.processes[number]
+        expected = outcome(getattr(side, call), *args)
+        self.later(number, call, args, expected)
         return expected
+
+    def later(
+        self,
+        number: int | None,
+        call: str,
+        args: tuple[Any, ...],
+        expected: Outcome,
+        see: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """A call that the engine will make, and what has to come of it: ``see`` of its value."""
+        self.calls.append((number, call, args))
+        self.expected.append((expected, see))
+        if len(self.calls) >= BATCH:
+            self.compare()
+
+    def compare(self) -> None:
+        """Have the engine make the calls, and compare each."""
+        calls, self.calls = self.calls, []
+        wanted, self.expected = self.expected, []
+        answers = self.setting.engine.run(calls)
+        for (number, call, args), (expected, see), actual in zip(
+            calls, wanted, answers, strict=False
+        ):
+            Comparing.steps += 1
+            seen = ("value", see(actual[1])) if see and actual[0] == "value" else actual
+            who = "" if number is None else f" by {number}"
+            assert expected == seen, (
+                f"{call}{args}{who}: the model says {expected}, the engine {seen}"
+            )
+        assert len(answers) == len(calls)
+
+    def teardown(self) -> None:
+        """What is left to compare."""
+        try:
+            self.compare()
+        finally:
+            self.setting.engine.run([(None, "finish", ())])
 
     def pick(self, number: int, things: Iterable[T]) -> T | None:
         """One of what there is."""
         found = list(things)
         return found[number % len(found)] if found else None
-
-    @staticmethod
-    def signal_name(number: int | None) -> str | None:
-        """A signal, or None."""
-        return None if number is None else signal.Signals(number).name
 
 
 class Machine(Comparing):
@@ -140,52 +169,44 @@ class Machine(Comparing):
 
     def __init__(self) -> None:
         super().__init__()
-        self.real = self.setting.engine()
         self.model = self.setting.model(self.wrong)
-        self.handles = 0
         for number in range(PROCESSES):
             self.both(None, "spawn", number, NOBODY if number == 2 else 0)
 
     def teardown(self) -> None:
         """Without processes and names nothing is left of any region."""
-        self.real.finish()
-        self.setting.clear()
-        for number in list(self.model.processes):
-            self.model.kill(number)
-        assert self.real.statfs() == 0, "memory is left when the last user is gone"
-
-    # Comparing.
-
-    def faults(self, number: int, window: Window) -> int | None:
-        """INFO's count of faults, if the process has a descriptor to ask with."""
-        for handle, file in self.model.processes[number].descriptors.items():
-            if file.region is window.region and not file.path_only:
-                faults: int = self.real.call(number, "faults", handle)
-                return faults
-        return None
+        self.later(None, "finish", (), ("value", None))
+        self.later(None, "statfs", (), ("value", 0))
+        super().teardown()
 
     def access(self, number: int, window: Window, how: str, call: str, *args: Any) -> Outcome:
         """Load or store: the same bytes or the same signal; and no fault where none can be."""
-        expected = outcome(getattr(self.model.processes[number], call), *args)
-        before = self.faults(number, window)
+        process = self.model.processes[number]
+        expected = outcome(getattr(process, call), *args)
+        direct = how == "direct"
+        if expected[0] == "signal" and direct:
+            self.later(number, "end_of", (args[0], call == "store"), ("value", expected[1]))
+            return expected
+        see: Callable[[Any], Any] | None = None
+        wanted: Outcome = "error", "EFAULT"
+        watch = BAD
         if expected[0] == "value":
-            real = call if how == "direct" else f"{call}_by_call"
-            actual = outcome(self.real.call, number, real, *args)
-            if call == "load":
-                expected, may_fault = ("value", expected[1][0]), expected[1][1]
+            found, may_fault = expected[1] if call == "load" else (None, expected[1])
+            wanted = "value", (found, 0)
+            if may_fault:
+                see = without_faults
             else:
-                expected, may_fault = ("value", None), expected[1]
-            if not may_fault and before is not None:
-                after = self.faults(number, window)
-                self.same(f"faults of {call}{args} by {number}", before, after)
-        elif how == "direct":
-            died = self.real.call(number, "end_of", args[0], call == "store")
-            actual = ("signal", self.signal_name(died))
-        else:
-            actual = outcome(self.real.call, number, f"{call}_by_call", *args)
-            expected = ("error", "EFAULT")
-        self.same(f"{how} {call}{args} by {number}", expected, actual)
+                watch = self.watch(process, window)
+        self.later(number, "access", (direct, watch, *args), wanted, see)
         return expected
+
+    @staticmethod
+    def watch(process: model.Process, window: Window) -> int:
+        """A descriptor to ask for the count of faults with, if there is one."""
+        for handle, file in process.descriptors.items():
+            if file.region is window.region and not file.path_only:
+                return handle
+        return BAD
 
     # Choosing.
 
@@ -425,13 +446,12 @@ class Machine(Comparing):
         """Every field that is exact, and what does not fit is left alone."""
         p, handle = self.descriptor(p, fd)
         expected = outcome(self.model.processes[p].info, handle, room)
-        actual = outcome(self.real.call, p, "info", handle, room)
         if expected[0] == "value":
-            wanted = {key: value for key, value in expected[1].items() if value is not None}
-            found = {key: actual[1][key] for key in wanted} if actual[0] == "value" else actual
-            self.same(f"info of {handle} by {p}", wanted, found)
+            exact = {key: value for key, value in expected[1].items() if value is not None}
+            expected = "value", exact
+            self.later(p, "info", (handle, room), expected, partial(only, exact))
         else:
-            self.same(f"info of {handle} by {p}", expected, actual)
+            self.later(p, "info", (handle, room), expected)
 
     @rule(p=process, fd=small, number=st.sampled_from([0x40107809, 0x7803, 0x5401]))
     def ioctl(self, p: int, fd: int, number: int) -> None:
@@ -473,20 +493,12 @@ class Machine(Comparing):
         """mmap, and look at what address it gave and what page tables it took."""
         args = handle, size, prot, flags, address, offset
         expected = outcome(self.model.processes[p].mmap, *args)
-        actual = outcome(self.real.call, p, "mmap", *args)
-        what = f"mmap{args} by {p}"
-        if expected[0] != "value" or actual[0] != "value":
-            self.same(what, expected, actual)
-            return
-        window, (found, grown) = expected[1], actual[1]
-        if flags & (FIXED | NOREPLACE):
-            self.same(what, address, found)
-        else:
-            self.same(f"alignment of {what}", 0, found % SLOT)
-            taken = self.model.processes[p].touched(found, found + window.size)
-            assert taken in ([], [window]), f"{what}: on top of another window"
-            window.address = found
-        assert grown <= self.setting.tables, f"{what}: {grown} bytes of page tables"
+        nominal = 0
+        if expected[0] == "value":
+            if not flags & (FIXED | NOREPLACE):
+                nominal = expected[1].address = NOMINAL + self.new() * 8 * SLOT
+            expected = "value", (0, True)
+        self.later(p, "mmap", (*args, nominal), expected)
 
     @rule(p=process, which=small, part=st.sampled_from(["all"] * 4 + ["head", "tail", "page"]))
     def munmap(self, p: int, which: int, part: str) -> None:
@@ -514,11 +526,7 @@ class Machine(Comparing):
         process = self.model.processes[p]
         if call == "cover" and not process.touched(start, start + size):
             return
-        expected = outcome(getattr(process, call), start, size)
-        actual = outcome(self.real.call, p, call, start, size)
-        if call == "cover" and actual == ("error", "ENOMEM"):
-            actual = ("error", "EINVAL")  # 6.1
-        self.same(f"{call}({start:#x}, {size:#x}) by {p}", expected, actual)
+        self.both(p, call, start, size)
 
     @rule(
         p=process, which=small, at=slot, shift=st.sampled_from([0, 0, 0, 0, 0, PAGE, 100]),
@@ -608,10 +616,10 @@ class Machine(Comparing):
         q, window = self.window(q, which)
         if window:
             address = self.address(window, number)
-            expected = outcome(self.model.processes[q].load, address, 8)
-            actual = outcome(self.real.call, p, "load_of", self.real.pids[q], address, 8)
-            wanted = ("value", expected[1][0]) if expected[0] == "value" else ("error", "EFAULT")
-            self.same(f"load of {q} at {address:#x} by {p}", wanted, actual)
+            expected = outcome(self.model.load_of, p, q, address, 8)
+            if expected[0] == "signal":
+                expected = "error", "EFAULT"
+            self.later(None, "load_of", (p, q, address, 8), expected)
 
     @rule(p=process, source=st.sampled_from(["memfd", "tmpfs", "disk"]), number=small, byte=byte)
     def file_write(self, p: int, source: str, number: int, byte: int) -> None:
@@ -667,4 +675,4 @@ class Machine(Comparing):
         self.both(None, "listdir")
         expected = self.model.statfs()
         if expected is not None:
-            self.same("statfs", expected, self.real.statfs())
+            self.later(None, "statfs", (), ("value", expected))

@@ -38,6 +38,8 @@ RW = READ | WRITE
 SHARED, PRIVATE, FIXED, ANONYMOUS = 0x01, 0x02, 0x10, 0x20
 NORESERVE, NOREPLACE = 0x4000, 0x100000
 MAYMOVE, TO_FIXED, DONTUNMAP = 1, 2, 4
+FILE_SIZE = 8 * PAGE
+"""Of files that are mapped, at first."""
 TMPFILE = "."
 """Instead of a name: a region without one, by O_TMPFILE."""
 
@@ -328,6 +330,10 @@ class Mount:
         process = self.processes.pop(number)
         for window in list(process.windows):
             process.detach(window)
+
+    def load_of(self, reader: int, owner: int, address: int, size: int) -> bytes:
+        """One process reads the memory of another, by process_vm_readv: ABI, Faults."""
+        return self.processes[owner].load(address, size)[0]
 
     def send(self, sender: int, handle: int, receiver: int) -> None:
         """A descriptor goes over a socket. It is all a process needs to attach."""

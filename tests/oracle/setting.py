@@ -8,15 +8,13 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 from mshare.memory import meminfo
 from tests.oracle import model
-from tests.oracle.model import Content, Mount, Source
-from tests.oracle.worker import TABLES_PER_WINDOW, Pool
+from tests.oracle.model import FILE_SIZE, Content, Mount, Source
+from tests.oracle.worker import Call, Outcome, Pool, outcome
 
-FILE_SIZE = 8 * model.PAGE
 NOBODY = 65534
 F_ADD_SEALS, FUTURE_WRITE = 1033, 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -25,38 +23,23 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Engine(Protocol):
     """What the machine drives beside the model."""
 
-    @property
-    def pids(self) -> Mapping[int, int]:
-        """The process behind each number."""
-
-    def call(self, number: int, call: str, *args: Any) -> Any:
-        """Have a process make a call."""
-
-    def statfs(self) -> int | None:
-        """Bytes in use."""
-
-    def finish(self) -> None:
-        """End every process."""
+    def run(self, calls: list[Call]) -> list[Outcome]:
+        """Make calls, and say what each came to."""
 
 
 class Setting(Protocol):
     """How a machine gets its engine and the model of it."""
 
-    tables: int
-    """Page-table bytes a window may cost a process."""
-
+    @property
     def engine(self) -> Engine:
-        """A new engine without processes."""
+        """The engine."""
 
     def model(self, process: type[model.Process] | None) -> Mount:
-        """The model of the same."""
-
-    def clear(self) -> None:
-        """Remove all names."""
+        """The model of the same, at its start."""
 
 
-def _sources() -> dict[str, Source]:
-    """The model of `Kernel.sources`."""
+def sources() -> dict[str, Source]:
+    """The model of the files of `Kernel`."""
     found = {}
     for name in ("memfd", "tmpfs", "disk"):
         content = Content(FILE_SIZE)
@@ -73,8 +56,6 @@ def _sources() -> dict[str, Source]:
 
 class Kernel:
     """The module: a mount of its own, and descriptors of files that every process inherits."""
-
-    tables = TABLES_PER_WINDOW
 
     def __init__(self, disk: str = "/mnt/disk") -> None:
         self.scratch = tempfile.mkdtemp(prefix="oracle-")
@@ -103,6 +84,7 @@ class Kernel:
             "huge": os.memfd_create("huge", os.MFD_HUGETLB),
             "info": os.open(f"{self.folder}/mshare_info", os.O_RDONLY),
         }
+        self.engine = Pool(self.folder, self.sources)
 
     def _file(self, name: str, fd: int) -> None:
         path = f"/proc/self/fd/{fd}"
@@ -110,21 +92,9 @@ class Kernel:
         self.sources[f"{name}-ro"] = os.open(path, os.O_RDONLY)
         self.sources[f"{name}-wo"] = os.open(path, os.O_WRONLY)
 
-    def engine(self) -> Pool:
-        """Files as they are at first, and no process."""
-        for name in ("memfd", "tmpfs", "disk"):
-            os.ftruncate(self.sources[name], 0)
-            os.ftruncate(self.sources[name], FILE_SIZE)
-        return Pool(self.folder, self.sources)
-
     def model(self, process: type[model.Process] | None) -> Mount:
         """The model of it."""
-        return Mount(_sources(), self.memory, process)
-
-    def clear(self) -> None:
-        """Remove all names."""
-        for name in set(os.listdir(self.folder)) - {"mshare_info"}:
-            os.unlink(f"{self.folder}/{name}")
+        return Mount(sources(), self.memory, process)
 
     def close(self) -> None:
         """Unmount, which is EBUSY if anything is left open or mapped."""
@@ -137,79 +107,61 @@ class Kernel:
 
 
 class Modelled:
-    """The model in place of a kernel: what a machine finds in a model, and how fast it is."""
+    """The model in place of a kernel: whether a machine finds out a model that is wrong."""
 
-    tables = TABLES_PER_WINDOW
+    memory = 1 << 32
 
-    def engine(self) -> Simulated:
-        """A model that is driven as a kernel."""
-        self.current = Simulated(Mount(_sources(), 1 << 32))
-        return self.current
+    def __init__(self) -> None:
+        self.engine = Simulated()
 
     def model(self, process: type[model.Process] | None) -> Mount:
-        """Another, to compare with."""
-        return Mount(_sources(), 1 << 32, process)
-
-    def clear(self) -> None:
-        """Remove all names."""
-        self.current.mount.names.clear()
+        """The model to compare with."""
+        return Mount(sources(), self.memory, process)
 
 
 class Simulated:
     """A `Mount` with the calls of a `Pool`."""
 
-    def __init__(self, mount: Mount) -> None:
-        self.mount = mount
-        self.spawn, self.fork, self.kill, self.send = (
-            mount.spawn, mount.fork, mount.kill, mount.send,
-        )  # fmt: skip
-        self.statfs, self.listdir = mount.statfs, mount.listdir
-        self.next = 100 << 40
+    mount: Mount
 
-    @property
-    def pids(self) -> dict[int, int]:
-        """A process is its number."""
-        return {number: number for number in self.mount.processes}
+    def run(self, calls: list[Call]) -> list[Outcome]:
+        """What a pool would answer."""
+        return [outcome(self._call, *call) for call in calls]
 
-    def finish(self) -> None:
-        """End every process."""
-        for number in list(self.mount.processes):
-            self.mount.kill(number)
-
-    def call(self, number: int, call: str, *args: Any) -> Any:
-        """What a worker would answer."""
+    def _call(self, number: int | None, call: str, args: tuple[Any, ...]) -> Any:
+        if call == "begin":
+            self.mount = Mount(sources(), Modelled.memory)
+            return None
+        if call == "finish":
+            for each in list(self.mount.processes):
+                self.mount.kill(each)
+            self.mount.names.clear()
+            return None
         try:
-            return self._call(self.mount.processes[number], call, *args)
-        except model.Fault:
+            if number is None:
+                return getattr(self.mount, call)(*args)
+            return self._by(self.mount.processes[number], call, *args)
+        except StopIteration:
+            return "no window there"
+        except model.Fault as fault:
+            if call == "end_of":
+                return fault.signal.name
             model.refuse(errno.EFAULT)
 
-    def _call(self, process: model.Process, call: str, *args: Any) -> Any:
-        result: Any
+    @staticmethod
+    def _by(process: model.Process, call: str, *args: Any) -> Any:
         match call:
             case "mmap":
-                window = process.mmap(*args)
-                if not window.address:
-                    self.next -= 8 * model.SLOT
-                    window.address = self.next
-                result = window.address, 0
-            case "faults":
-                result = 0
-            case "load" | "load_by_call":
-                result = process.load(*args)[0]
-            case "load_of":
-                result = self.mount.processes[args[0]].load(*args[1:])[0]
-            case "store" | "store_by_call":
-                process.store(*args)
-                result = None
+                window = process.mmap(*args[:6])
+                window.address = args[6] or window.address
+                return 0, True
+            case "access" if isinstance(args[3], int):
+                return process.load(*args[2:])[0], 0
+            case "access":
+                process.store(*args[2:])
+                return None, 0
             case "end_of":
-                result = self._end_of(process, *args)
+                process.window(args[0]).access(args[0], write=args[1])
+                return None
             case _:
-                result = getattr(process, call)(*args)
-        return result
-
-    def _end_of(self, process: model.Process, address: int, write: bool) -> int | None:
-        try:
-            process.window(address).access(address, write=write)
-        except model.Fault as fault:
-            return fault.signal
-        return None
+                return getattr(process, call)(*args)

@@ -8,20 +8,34 @@ difference like any other.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+import itertools
 import os
 import pickle
 import signal
 import socket
 import struct
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
 from mshare.engines.msharefs import INFO
 from mshare.engines.msharefs import info as all_of_info
 from tests.kernel import abi
-from tests.oracle.model import ADVICE, NORESERVE, PAGE, SLOT, TMPFILE, Closed, Readonly
+from tests.oracle.model import (
+    ADVICE,
+    FILE_SIZE,
+    NORESERVE,
+    PAGE,
+    SLOT,
+    TMPFILE,
+    Closed,
+    Fault,
+    Readonly,
+    refuse,
+)
 
 CLONE, CLONE_PARENT, PRCTL, DUMPABLE = 56, 0x8000, 157, 4
 ADVICE_NUMBERS = {
@@ -31,14 +45,35 @@ ADVICE_NUMBERS = {
 }  # fmt: skip
 TABLES_PER_WINDOW = 16 << 10
 """Page-table bytes a process may pay for a window, of whatever size: what lies above a slot."""
-PATIENCE = 60
+ROOM = 1 << 17
+"""Bytes of a message."""
+PATIENCE = 120
 """Seconds until a call counts as one that never returns."""
 _with_gil = ctypes.PyDLL(None, use_errno=True)
 _with_gil.syscall.restype = ctypes.c_long
 
 
+NOMINAL = 1 << 50
+"""From here on an address is a name for one that the kernel has chosen."""
+Outcome = tuple[str, Any]
+Call = tuple[int | None, str, tuple[Any, ...]]
+"""A call by a process, or by none for what belongs to the whole mount."""
+
+
 class Died(Exception):
     """A worker was killed by a signal, or hangs."""
+
+
+def outcome(call: Callable[..., Any], *args: Any) -> Outcome:
+    """What a call came to: a value, an errno by name, a signal by name, or a refusal of Python."""
+    try:
+        return "value", call(*args)
+    except OSError as error:
+        return "error", errno.errorcode[error.errno or 0]
+    except Fault as fault:
+        return "signal", fault.signal.name
+    except (Closed, Readonly) as refusal:
+        return "refused", type(refusal).__name__
 
 
 class Worker:
@@ -51,28 +86,24 @@ class Worker:
         self.fds: dict[int, int] = {}
         self.outgoing: list[int] = []
         self.reading, self.writing = os.pipe()
+        self.chosen: list[tuple[int, int]] = []
 
     def serve(self) -> NoReturn:
         """Answer until killed."""
         try:
             while True:
-                message, fds, _, _ = socket.recv_fds(self.channel, 1 << 16, 1)
+                message, fds, _, _ = socket.recv_fds(self.channel, ROOM, 1)
                 if not message:
                     break
-                call, args = pickle.loads(message)
-                answer: tuple[str, Any]
-                try:
-                    if fds:
-                        args = (*args, fds[0])
-                    answer = "value", self.attempt(call, args)
-                except OSError as error:
-                    answer = "error", error.errno
-                except (Closed, Readonly) as refusal:
-                    answer = "refused", refusal
-                except Exception:
-                    answer = "broken", traceback.format_exc()
+                calls: list[tuple[str, tuple[Any, ...]]] = pickle.loads(message)
+                answers: list[Outcome] = []
+                for call, args in calls:
+                    try:
+                        answers.append(outcome(self.attempt, call, (*args, *fds)))
+                    except Exception:
+                        answers.append(("broken", traceback.format_exc()))
                 outgoing, self.outgoing = self.outgoing, []
-                socket.send_fds(self.channel, [pickle.dumps(answer)], outgoing)
+                socket.send_fds(self.channel, [pickle.dumps(answers)], outgoing)
         finally:
             os._exit(1)
 
@@ -114,6 +145,13 @@ class Worker:
 
     def _fd(self, handle: int) -> int:
         return self.fds.get(handle, -1)
+
+    def _at(self, address: int) -> int:
+        """The address meant, if it is one the kernel has chosen."""
+        if address < NOMINAL:
+            return address
+        nominal, real = next(each for each in reversed(self.chosen) if each[0] <= address)
+        return address - nominal + real
 
     def _path(self, name: str) -> str:
         return self.folder if name == TMPFILE else f"{self.folder}/{name}"
@@ -190,50 +228,76 @@ class Worker:
         fcntl.ioctl(self._fd(handle), number, bytes(64))
 
     def mmap(
-        self, handle: int, size: int, prot: int, flags: int, address: int, offset: int
-    ) -> tuple[int, int]:
-        """Where it is, and how much the process's page tables have grown."""
+        self,
+        handle: int,
+        size: int,
+        prot: int,
+        flags: int,
+        address: int,
+        offset: int,
+        nominal: int = 0,
+    ) -> tuple[int, bool]:
+        """How far the address is from a right one; and whether page tables grew as they may."""
         before = abi.page_tables()
         found = abi.mmap(self._fd(handle), size, prot, flags, address, offset)
-        return found, abi.page_tables() - before
+        few = abi.page_tables() - before <= TABLES_PER_WINDOW
+        if not nominal:
+            return found - address, few
+        self.chosen.append((nominal, found))
+        return found % SLOT, few
 
     def munmap(self, address: int, size: int) -> None:
-        abi.munmap(address, size)
+        abi.munmap(self._at(address), size)
 
     def cover(self, address: int, size: int) -> None:
         flags = abi.PRIVATE | abi.ANONYMOUS | abi.FIXED | NORESERVE
-        abi.mmap(-1, size, abi.RW, flags, address)
+        try:
+            abi.mmap(-1, size, abi.RW, flags, address)
+        except OSError as error:
+            refuse(errno.EINVAL if error.errno == errno.ENOMEM else error.errno or 0)  # 6.1
         if abi.get(address, 8) != bytes(8):
             raise AssertionError("other memory over a window shows the region's")
         abi.munmap(address, size)
 
     def mremap(self, address: int, old: int, new: int, flags: int, target: int) -> None:
-        abi.mremap(address, old, new, flags, target)
+        abi.mremap(self._at(address), old, new, flags, target)
 
     def mprotect(self, address: int, size: int, prot: int) -> None:
-        abi.mprotect(address, size, prot)
+        abi.mprotect(self._at(address), size, prot)
 
     def madvise(self, address: int, size: int, advice: str) -> None:
-        abi.madvise(address, size, ADVICE_NUMBERS[advice])
+        abi.madvise(self._at(address), size, ADVICE_NUMBERS[advice])
 
     def mlock(self, address: int, size: int) -> None:
-        abi.mlock(address, size)
+        abi.mlock(self._at(address), size)
 
-    def load(self, address: int, size: int) -> bytes:
-        """By a load: only where the model says it is no fault, or the worker dies."""
-        return abi.get(address, size)
+    def access(self, direct: bool, watch: int, address: int, what: int | bytes) -> tuple[Any, int]:
+        """Load so many bytes or store these; what was loaded, and the faults INFO has counted.
 
-    def store(self, address: int, data: bytes) -> None:
-        """By a store, as `load`."""
-        abi.put(address, data)
+        Directly is by an instruction, which only may be where it is no signal. Otherwise it is by
+        a system call, which says EFAULT.
+        """
+        address, before = self._at(address), self._faults(watch)
+        found = None
+        match what, direct:
+            case int(), True:
+                found = abi.get(address, what)
+            case int(), False:
+                found = self._send(address, what)
+            case bytes(), True:
+                abi.put(address, what)
+            case bytes(), False:
+                self._receive(address, what)
+        return found, self._faults(watch) - before
 
-    def load_by_call(self, address: int, size: int) -> bytes:
-        """By a system call, which says EFAULT."""
+    def _faults(self, watch: int) -> int:
+        return all_of_info(self.fds[watch]).faults if watch in self.fds else 0
+
+    def _send(self, address: int, size: int) -> bytes:
         os.writev(self.writing, [abi.memory(address, size)])
         return os.read(self.reading, size)
 
-    def store_by_call(self, address: int, data: bytes) -> None:
-        """By a system call, which says EFAULT."""
+    def _receive(self, address: int, data: bytes) -> None:
         os.write(self.writing, data)
         try:
             os.readv(self.reading, [abi.memory(address, len(data))])
@@ -241,13 +305,19 @@ class Worker:
             os.read(self.reading, len(data))
             raise
 
+    def where(self, address: int) -> int:
+        """The real address."""
+        return self._at(address)
+
     def load_of(self, pid: int, address: int, size: int) -> bytes:
         """Another process's memory, by process_vm_readv."""
         return abi.get_safely(address, size, pid)
 
-    def end_of(self, address: int, write: bool) -> int | None:
+    def end_of(self, address: int, write: bool) -> str | None:
         """The signal that a child gets that touches the address."""
-        return abi.dies_by(*((abi.put, address, b"!") if write else (abi.get, address, 1)))
+        address = self._at(address)
+        number = abi.dies_by(*((abi.put, address, b"!") if write else (abi.get, address, 1)))
+        return None if number is None else signal.Signals(number).name
 
     def file_read(self, source: str, offset: int, size: int) -> bytes:
         return os.pread(self.sources[source], size, offset)
@@ -257,10 +327,6 @@ class Worker:
 
     def file_resize(self, source: str, size: int) -> None:
         os.ftruncate(self.sources[source], size)
-
-    def faults(self, handle: int) -> int:
-        """INFO: faults passed on so far."""
-        return all_of_info(self._fd(handle)).faults
 
 
 assert set(ADVICE_NUMBERS) == set(ADVICE)
@@ -277,6 +343,20 @@ class Pool:
         self.pids: dict[int, int] = {}
         self.channels: dict[int, socket.socket] = {}
 
+    def run(self, calls: list[Call]) -> list[Outcome]:
+        """Make calls one after the other. It ends early with a process that dies."""
+        found: list[Outcome] = []
+        try:
+            for number, group in itertools.groupby(calls, lambda each: each[0]):
+                if number is None:
+                    for _, call, args in group:
+                        found.append(outcome(getattr(self, call), *args))
+                else:
+                    found += self._ask(number, [(call, args) for _, call, args in group])
+        except Died as end:
+            found.append(("died", str(end)))
+        return found
+
     def spawn(self, number: int, user: int = 0) -> None:
         """A new process, of this user."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -290,7 +370,7 @@ class Pool:
             os._exit(1)
         self._enter(number, pid, ours, theirs)
         if user:
-            self.call(number, "become", user)
+            self._call(number, "become", user)
 
     def _enter(self, number: int, pid: int, ours: socket.socket, theirs: socket.socket) -> None:
         theirs.close()
@@ -300,7 +380,7 @@ class Pool:
     def fork(self, parent: int, child: int) -> None:
         """One process forks; the child is a worker of its own."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = self.call(parent, "fork", fd=theirs.fileno())
+        pid = self._call(parent, "fork", fd=theirs.fileno())
         self._enter(child, pid, ours, theirs)
 
     def kill(self, number: int) -> None:
@@ -313,34 +393,52 @@ class Pool:
     def send(self, sender: int, handle: int, receiver: int) -> None:
         """A descriptor goes from one process to another."""
         fds: list[int] = []
-        self.call(sender, "give", handle, got=fds)
-        self.call(receiver, "take", handle, fd=fds[0])
+        self._call(sender, "give", handle, got=fds)
+        self._call(receiver, "take", handle, fd=fds[0])
         os.close(fds[0])
 
-    def call(
+    def load_of(self, reader: int, owner: int, address: int, size: int) -> bytes:
+        """One process reads the memory of another."""
+        real = self._call(owner, "where", address)
+        found: bytes = self._call(reader, "load_of", self.pids[owner], real, size)
+        return found
+
+    def _call(
         self, number: int, call: str, *args: Any, fd: int = -1, got: list[int] | None = None
     ) -> Any:
-        """Have a process make a call. :raises OSError: as the call. :raises Died: it is no more."""
-        channel = self.channels[number]
-        try:
-            socket.send_fds(channel, [pickle.dumps((call, args))], [fd] if fd >= 0 else [])
-            message, fds, _, _ = socket.recv_fds(channel, 1 << 16, 1)
-        except TimeoutError:
-            raise Died(f"{call} does not return") from None
-        except OSError as error:
-            raise Died(f"{call}: {error}") from None
-        if not message:
-            status = os.waitstatus_to_exitcode(os.waitpid(self.pids.pop(number), 0)[1])
-            raise Died(f"{call} ended the process: {status}")
-        if got is not None:
-            got += fds
-        kind, value = pickle.loads(message)
+        """One call, with a descriptor, or for one. :raises OSError: as the call."""
+        fds = [fd] if fd >= 0 else []
+        (kind, value), *_ = self._ask(number, [(call, args)], fds, got)
         if kind == "error":
-            raise OSError(value, os.strerror(value))
-        if kind == "refused":
-            raise value
+            refuse(getattr(errno, value))
         assert kind == "value", value
         return value
+
+    def _ask(
+        self,
+        number: int,
+        calls: list[tuple[str, tuple[Any, ...]]],
+        fds: list[int] | None = None,
+        got: list[int] | None = None,
+    ) -> list[Outcome]:
+        """Have a process make calls. :raises Died: it is no more."""
+        channel = self.channels[number]
+        what = ", ".join(call for call, _ in calls)
+        try:
+            socket.send_fds(channel, [pickle.dumps(calls)], fds or [])
+            message, came, _, _ = socket.recv_fds(channel, ROOM, 1)
+        except TimeoutError:
+            raise Died(f"one does not return of: {what}") from None
+        except OSError as error:
+            raise Died(f"{error} in one of: {what}") from None
+        if not message:
+            status = os.waitstatus_to_exitcode(os.waitpid(self.pids.pop(number), 0)[1])
+            self.channels.pop(number).close()
+            raise Died(f"one ended the process by {status}: {what}")
+        if got is not None:
+            got += came
+        answers: list[Outcome] = pickle.loads(message)
+        return answers
 
     def statfs(self) -> int:
         """Bytes in use on the mount."""
@@ -351,7 +449,16 @@ class Pool:
         """The names, without ``mshare_info``."""
         return sorted(set(os.listdir(self.folder)) - {"mshare_info"})
 
+    def begin(self) -> None:
+        """No process, and files as they are at first."""
+        self.finish()
+        for name in ("memfd", "tmpfs", "disk"):
+            os.ftruncate(self.sources[name], 0)
+            os.ftruncate(self.sources[name], FILE_SIZE)
+
     def finish(self) -> None:
-        """End every process."""
+        """End every process, and remove every name."""
         for number in list(self.pids):
             self.kill(number)
+        for name in self.listdir():
+            os.unlink(f"{self.folder}/{name}")
