@@ -253,6 +253,9 @@ class Window:
     loose: set[int] = field(default_factory=set)
     """Slots taken out of the process by MADV_DONTNEED, until the next access there."""
 
+    moved_back: bool = False
+    """An mremap that was refused half-way took all slots out; until the next access."""
+
     @property
     def end(self) -> int:
         return self.address + self.size
@@ -264,7 +267,7 @@ class Window:
     def in_place(self) -> set[int]:
         """Slots that share the region's tables: all that have content, from mmap on."""
         mine = range(self.offset // SLOT, (self.offset + self.size) // SLOT)
-        return (self.region.layout.slots() & set(mine)) - self.loose
+        return set() if self.moved_back else (self.region.layout.slots() & set(mine)) - self.loose
 
     def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
         """The page there, and whether the access could be a fault that is served.
@@ -272,6 +275,9 @@ class Window:
         ABI, Faults: in a hole, and where the window or the content is read-only, SIGSEGV;
         past the end of a file, SIGBUS. Else the page, the same one for everybody.
         """
+        if self.moved_back:
+            self.moved_back, self.loose = False, set()
+            self.loose = self.in_place()
         position = self.position(address)
         number = position // PAGE
         extent = self.region.layout.at(position)
@@ -303,12 +309,15 @@ class Mount:
         self,
         sources: dict[str, Source],
         memory: int = 1 << 62,
+        over_a_part: int = errno.EINVAL,
         process: type[Process] | None = None,
     ) -> None:
         self.names: dict[str, Region] = {}
         self.sources = sources
         self.memory = memory
         """Memory and swap: more than that is never committed at once."""
+        self.over_a_part = over_a_part
+        """What MAP_FIXED over a part of a window is refused with: ENOMEM on 6.1."""
         self.processes: dict[int, Process] = {}
         self._process = process or Process
 
@@ -322,7 +331,7 @@ class Mount:
         new.descriptors = dict(old.descriptors)
         for window in old.windows:
             if window.inherited:
-                new.attach(replace(window, loose=set()))
+                new.attach(replace(window, loose=set(), moved_back=False))
         self.processes[child] = new
 
     def kill(self, number: int) -> None:
@@ -413,8 +422,9 @@ class Process:
 
     def ftruncate(self, handle: int, size: int) -> None:
         """ftruncate(2): sets the size, which takes no memory."""
+        refuse_if(size < 0, errno.EINVAL)
         file = self._file(handle)
-        refuse_if(not file.writable or not file.region or size < 0, errno.EINVAL)
+        refuse_if(not file.writable or not file.region, errno.EINVAL)
         assert file.region
         file.region.set_size(size)
 
@@ -422,8 +432,8 @@ class Process:
         """fallocate(2): the same."""
         file = self._file(handle)
         refuse_if(offset < 0 or size <= 0, errno.EINVAL)
-        refuse_if(mode, errno.EOPNOTSUPP)
         refuse_if(not file.writable or not file.region, errno.EBADF)
+        refuse_if(mode, errno.EOPNOTSUPP)
         assert file.region
         refuse_if(offset, errno.EINVAL)
         file.region.set_size(size)
@@ -593,11 +603,11 @@ class Process:
         """Windows that have a byte between two addresses."""
         return [each for each in self.windows if each.address < end and start < each.end]
 
-    def _clear(self, start: int, size: int) -> None:
+    def _clear(self, start: int, size: int, code: int = errno.EINVAL) -> None:
         """Unmap what is in a range; a window goes as a whole or the call is refused."""
         windows = self.touched(start, start + size)
         whole = all(start <= each.address and each.end <= start + size for each in windows)
-        refuse_if(not whole, errno.EINVAL)
+        refuse_if(not whole, code)
         for each in windows:
             self.detach(each)
 
@@ -605,16 +615,17 @@ class Process:
         self, handle: int, size: int, prot: int, flags: int, address: int, offset: int
     ) -> Window:
         """mmap(2). Without MAP_FIXED the kernel chooses the address, a multiple of a slot."""
+        refuse_if(offset % PAGE, errno.EINVAL)
         file = self._file(handle)
-        refuse_if(not size or offset % PAGE, errno.EINVAL)
+        refuse_if(not size, errno.EINVAL)
         size = -(-size // PAGE) * PAGE
         fixed = flags & (FIXED | NOREPLACE)
         if not fixed:
             refuse_if(size > ADDRESSES - SLOT, errno.ENOMEM)
             address = 0
+        refuse_if(address + size > ADDRESSES - PAGE, errno.ENOMEM)
         refuse_if(address % PAGE, errno.EINVAL)
         taken = flags & NOREPLACE and self.touched(address, address + size)
-        refuse_if(address + size > ADDRESSES - PAGE, errno.ENOMEM)
         refuse_if(taken, errno.EEXIST)
         refuse_if(not flags & 3, errno.EINVAL)
         shared, writable = flags & 3 == SHARED, bool(prot & WRITE)
@@ -624,7 +635,7 @@ class Process:
         refuse_if(not file.region, errno.ENODEV)
         assert file.region
         if fixed:
-            self._clear(address, size)
+            self._clear(address, size, self.mount.over_a_part)
         refuse_if(not shared or not prot & RW, errno.EINVAL)
         refuse_if((address | size | offset) % SLOT, errno.EINVAL)
         refuse_if(offset + size > file.region.size, errno.EINVAL)
@@ -639,24 +650,26 @@ class Process:
 
     def cover(self, address: int, size: int) -> None:
         """mmap(2) of other memory, with MAP_FIXED, over whole windows; then munmap(2) of it."""
-        self._clear(address, size)
+        self._clear(address, size, self.mount.over_a_part)
 
     def mremap(self, address: int, old: int, new: int, flags: int, target: int) -> None:
         """mremap(2) of an address in a window: all of it, to another aligned address."""
         refuse_if(flags & TO_FIXED and not flags & MAYMOVE, errno.EINVAL)
-        refuse_if(flags & DONTUNMAP, errno.EINVAL)
+        refuse_if(flags & DONTUNMAP and old != new, errno.EINVAL)
         window = self.window(address)
         if flags & TO_FIXED:
             overlap = target < address + old and address < target + new
             refuse_if(target % PAGE or overlap, errno.EINVAL)
             self._clear(target, new)
-        refuse_if(new < old, errno.EINVAL)
+        refuse_if(new < old or flags & DONTUNMAP, errno.EINVAL)
         refuse_if(new > old or address + old > window.end, errno.EFAULT)
         if not flags & TO_FIXED:
             return
-        whole = (address, old) == (window.address, window.size)
-        refuse_if(not whole or target % SLOT, errno.EINVAL)
-        window.address = target
+        refuse_if((address, old) != (window.address, window.size), errno.EINVAL)
+        if target % SLOT:
+            window.moved_back = True
+            refuse(errno.EINVAL)
+        window.address, window.moved_back = target, False
         window.loose.clear()
 
     def mprotect(self, address: int, size: int, prot: int) -> None:
@@ -689,6 +702,14 @@ class Process:
         page, fault = self.window(address).access(address, write=True)
         page[address % PAGE : address % PAGE + len(data)] = data
         return fault
+
+    def end_of(self, address: int, write: bool) -> str | None:
+        """The signal that a child of fork gets by an access."""
+        try:
+            replace(self.window(address), loose=set()).access(address, write=write)
+        except Fault as fault:
+            return fault.signal.name
+        return None
 
     # Files that are mapped into regions, by read, write and ftruncate of their own.
 

@@ -68,6 +68,8 @@ class Kernel:
             raise OSError(code, os.strerror(code), self.folder)
         fields = meminfo()
         self.memory = fields["MemTotal"] + fields["SwapTotal"]
+        old = os.uname().release.startswith("6.1.")
+        self.over_a_part = errno.ENOMEM if old else errno.EINVAL
         self.sources: dict[str, int] = {}
         self._file("memfd", os.memfd_create("oracle"))
         self._file("tmpfs", os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR))
@@ -94,7 +96,7 @@ class Kernel:
 
     def model(self, process: type[model.Process] | None) -> Mount:
         """The model of it."""
-        return Mount(sources(), self.memory, process)
+        return Mount(sources(), self.memory, self.over_a_part, process)
 
     def close(self) -> None:
         """Unmount, which is EBUSY if anything is left open or mapped."""
@@ -116,7 +118,7 @@ class Modelled:
 
     def model(self, process: type[model.Process] | None) -> Mount:
         """The model to compare with."""
-        return Mount(sources(), self.memory, process)
+        return Mount(sources(), self.memory, process=process)
 
 
 class Simulated:
@@ -143,9 +145,7 @@ class Simulated:
             return self._by(self.mount.processes[number], call, *args)
         except StopIteration:
             return "no window there"
-        except model.Fault as fault:
-            if call == "end_of":
-                return fault.signal.name
+        except model.Fault:
             model.refuse(errno.EFAULT)
 
     @staticmethod
@@ -160,8 +160,5 @@ class Simulated:
             case "access":
                 process.store(*args[2:])
                 return None, 0
-            case "end_of":
-                process.window(args[0]).access(args[0], write=args[1])
-                return None
             case _:
                 return getattr(process, call)(*args)
