@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.oracle import model
-from tests.oracle.model import (
+from tests.oracle.memory import (
     ADVICE,
     ANONYMOUS,
     EXEC,
@@ -33,10 +33,10 @@ from tests.oracle.model import (
     SLOT,
     TMPFILE,
     WRITE,
-    Mount,
     Region,
     Window,
 )
+from tests.oracle.model import Mount
 from tests.oracle.setting import NOBODY, Setting
 from tests.oracle.worker import NOMINAL, Call, Outcome, outcome
 

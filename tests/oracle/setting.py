@@ -11,8 +11,9 @@ import tempfile
 from typing import Any, Protocol
 
 from mshare.memory import meminfo
-from tests.oracle import model
-from tests.oracle.model import FILE_SIZE, Content, Mount, Source
+from tests.oracle import memory, model
+from tests.oracle.memory import FILE_SIZE, Content, Source
+from tests.oracle.model import Mount
 from tests.oracle.worker import Call, Outcome, Pool, outcome
 
 NOBODY = 65534
@@ -145,8 +146,8 @@ class Simulated:
             return self._by(self.mount.processes[number], call, *args)
         except StopIteration:
             return "no window there"
-        except model.Fault:
-            model.refuse(errno.EFAULT)
+        except memory.Fault:
+            memory.refuse(errno.EFAULT)
 
     @staticmethod
     def _by(process: model.Process, call: str, *args: Any) -> Any:

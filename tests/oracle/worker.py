@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from mshare.engines.msharefs import INFO
 from mshare.engines.msharefs import info as all_of_info
 from tests.kernel import abi
-from tests.oracle.model import (
+from tests.oracle.memory import (
     ADVICE,
     FILE_SIZE,
     NORESERVE,
