@@ -84,9 +84,7 @@ class Content:
     """Somebody asked for pages to leave memory, so nobody knows how many are in it."""
 
     def page(self, number: int) -> bytearray:
-        """A page, zeros at first. ABI, Faults: past the end of a file there is none."""
-        if self.size is not None and number * PAGE >= self.size:
-            raise Fault(signal.SIGBUS)
+        """A page, zeros at first."""
         return self.pages.setdefault(number, bytearray(PAGE))
 
     def resize(self, size: int) -> None:
@@ -258,27 +256,37 @@ class Window:
         mine = range(self.offset // SLOT, (self.offset + self.size) // SLOT)
         return set() if self.moved_back else (self.region.layout.slots() & set(mine)) - self.loose
 
-    def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
-        """The page there, and whether the access could be a fault that is served.
+    def find(self, address: int, *, write: bool) -> tuple[Content, int]:
+        """The content there, and the number of the page in it.
 
         ABI, Faults: in a hole, and where the window or the content is read-only, SIGSEGV;
-        past the end of a file, SIGBUS. Else the page, the same one for everybody.
+        past the end of a file, SIGBUS.
+        """
+        position = self.position(address)
+        extent = self.region.layout.at(position)
+        if not extent or (write and not (self.writable and extent.writable)):
+            raise Fault(signal.SIGSEGV)
+        content, number = extent.content, (extent.offset + position - extent.start) // PAGE
+        if content.size is not None and number * PAGE >= content.size:
+            raise Fault(signal.SIGBUS)
+        return content, number
+
+    def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
+        """The page there, the same one for everybody, and whether this may be a fault served.
+
+        It is none when the entry is there, whichever process brought it in.
         """
         if self.moved_back:
             self.moved_back, self.loose = False, set()
             self.loose = self.in_place()
-        position = self.position(address)
-        number = position // PAGE
-        extent = self.region.layout.at(position)
-        if not extent or (write and not (self.writable and extent.writable)):
-            raise Fault(signal.SIGSEGV)
-        page = extent.content.page((extent.offset + position - extent.start) // PAGE)
-        entries, slot = self.region.tables[self.writable], position // SLOT
+        content, page = self.find(address, write=write)
+        number, slot = self.position(address) // PAGE, self.position(address) // SLOT
+        entries = self.region.tables[self.writable]
         ready = slot not in self.loose and number in entries and entries[number] >= write
         self.loose.discard(slot)
-        if extent.content.size is None and not extent.content.paged_out:
+        if content.size is None and not content.paged_out:
             entries[number] = entries.get(number, False) or write
-        return page, not ready
+        return content.page(page), not ready
 
 
 def populate(window: Window, address: int, size: int, *, write: bool) -> None:

@@ -461,9 +461,9 @@ class Process:
         return fault
 
     def end_of(self, address: int, write: bool) -> str | None:
-        """The signal that a child of fork gets by an access."""
+        """The signal that a child of fork gets by an access, if it gets one."""
         try:
-            replace(self.window(address), loose=set()).access(address, write=write)
+            self.window(address).find(address, write=write)
         except Fault as fault:
             return fault.signal.name
         return None

@@ -53,6 +53,8 @@ _with_gil = ctypes.PyDLL(None, use_errno=True)
 _with_gil.syscall.restype = ctypes.c_long
 
 
+NONE = 1 << 19
+"""A descriptor that no process has open."""
 NOMINAL = 1 << 50
 """From here on an address is a name for one that the kernel has chosen."""
 Outcome = tuple[str, Any]
@@ -146,7 +148,7 @@ class Worker:
         self.fds[handle] = fd
 
     def _fd(self, handle: int) -> int:
-        return self.fds.get(handle, -1)
+        return self.fds.get(handle, NONE)
 
     def _at(self, address: int) -> int:
         """The address meant, if it is one the kernel has chosen."""
@@ -204,7 +206,7 @@ class Worker:
     def create_mapping(
         self, handle: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
     ) -> None:
-        fd = self.sources.get(source, -1)
+        fd = self.sources.get(source, NONE)
         abi.create_mapping(self._fd(handle), at, size, prot, flags, fd, offset)
 
     def unmap(self, handle: int, at: int, size: int) -> None:
