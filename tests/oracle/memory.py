@@ -235,8 +235,8 @@ class Window:
     size: int
     offset: int
     writable: bool
-    inherited: bool = True
-    """Whether a child of fork gets it; MADV_DONTFORK."""
+    kept: dict[str, str] = field(default_factory=lambda: {"fork": "DOFORK", "read": "NORMAL"})
+    """The last advice of each kind that is kept with a window; DONTFORK: no child gets it."""
     loose: set[int] = field(default_factory=set)
     """Slots taken out of the process by MADV_DONTNEED, until the next access there."""
 
@@ -330,15 +330,15 @@ def _nothing(window: Window, address: int, size: int) -> None:
     """Succeeds without effect."""
 
 
-def _as_a_whole(window: Window, address: int, size: int) -> None:
-    """Advice that is kept with a window is for all of it."""
-    refuse_if((address, size) != (window.address, window.size), errno.EINVAL)
+def _keep(kind: str, advice: str) -> Callable[[Window, int, int], None]:
+    """Advice that is kept with a window is for all of it, unless it changes nothing."""
 
+    def keep(window: Window, address: int, size: int) -> None:
+        if window.kept.get(kind) != advice:
+            refuse_if((address, size) != (window.address, window.size), errno.EINVAL)
+            window.kept[kind] = advice
 
-def _fork(window: Window, address: int, size: int, *, inherited: bool) -> None:
-    if window.inherited != inherited:
-        _as_a_whole(window, address, size)
-        window.inherited = inherited
+    return keep
 
 
 ADVICE: dict[str, Callable[[Window, int, int], None]] = {
@@ -353,8 +353,13 @@ ADVICE: dict[str, Callable[[Window, int, int], None]] = {
     "DODUMP": _refused,
     "COLLAPSE": _refused,
     "MERGEABLE": _nothing,
+    "HUGEPAGE": _keep("huge", "HUGEPAGE"),
+    "NOHUGEPAGE": _keep("huge", "NOHUGEPAGE"),
+    "SEQUENTIAL": _keep("read", "SEQUENTIAL"),
+    "NORMAL": _keep("read", "NORMAL"),
+    "DONTDUMP": _nothing,
     "WILLNEED": _nothing,
-    "DONTFORK": lambda window, *range: _fork(window, *range, inherited=False),
-    "DOFORK": lambda window, *range: _fork(window, *range, inherited=True),
+    "DONTFORK": _keep("fork", "DONTFORK"),
+    "DOFORK": _keep("fork", "DOFORK"),
 }
 """What each advice does to a window. ABI, Windows."""

@@ -87,8 +87,9 @@ class Mount:
         old, new = self.processes[parent], self._process(self, self.processes[parent].user)
         new.descriptors = dict(old.descriptors)
         for window in old.windows:
-            if window.inherited:
-                new.attach(replace(window, loose=set(), moved_back=False))
+            if window.kept["fork"] == "DOFORK":
+                kept = dict(window.kept)
+                new.attach(replace(window, kept=kept, loose=set(), moved_back=False))
         self.processes[child] = new
 
     def kill(self, number: int) -> None:
@@ -98,7 +99,9 @@ class Mount:
             process.detach(window)
 
     def load_of(self, reader: int, owner: int, address: int, size: int) -> bytes:
-        """One process reads the memory of another, by process_vm_readv: ABI, Faults."""
+        """One process reads the memory of another of its user: as a load there, or EFAULT."""
+        user = self.processes[reader].user
+        refuse_if(user not in (0, self.processes[owner].user), errno.EPERM)
         return self.processes[owner].load(address, size)[0]
 
     def send(self, sender: int, handle: int, receiver: int) -> None:

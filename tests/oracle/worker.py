@@ -39,9 +39,11 @@ from tests.oracle.memory import (
 
 CLONE, CLONE_PARENT, PRCTL, DUMPABLE = 56, 0x8000, 157, 4
 ADVICE_NUMBERS = {
-    "DONTNEED": 4, "FREE": 8, "REMOVE": 9, "DONTFORK": 10, "DOFORK": 11, "MERGEABLE": 12,
-    "DODUMP": 17, "WIPEONFORK": 18, "COLD": 20, "PAGEOUT": 21, "POPULATE_READ": 22,
-    "POPULATE_WRITE": 23, "COLLAPSE": 25, "WILLNEED": 3,
+    "NORMAL": 0, "SEQUENTIAL": 2, "DONTNEED": 4, "FREE": 8, "REMOVE": 9, "DONTFORK": 10,
+    "DOFORK": 11, "MERGEABLE": 12,
+    "HUGEPAGE": 14, "NOHUGEPAGE": 15, "DONTDUMP": 16, "DODUMP": 17, "WIPEONFORK": 18,
+    "COLD": 20, "PAGEOUT": 21, "POPULATE_READ": 22, "POPULATE_WRITE": 23, "COLLAPSE": 25,
+    "WILLNEED": 3,
 }  # fmt: skip
 TABLES_PER_WINDOW = 16 << 10
 """Page-table bytes a process may pay for a window, of whatever size: what lies above a slot."""
