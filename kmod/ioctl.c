@@ -55,7 +55,8 @@ bool mshare_file_fits(struct file *file, bool overlay)
 
 static long create_mapping(struct mshare_region *r, void __user *arg)
 {
-	const u32 known = MAP_TYPE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE;
+	const u32 known = MAP_TYPE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE |
+			  MAP_LOCKED;
 	struct mshare_create req;
 	struct file *file = NULL;
 	u64 end;
@@ -127,6 +128,8 @@ static long info(struct mshare_region *r, void __user *arg)
 	out.faults = atomic64_read(&r->faults);
 	out.flushes = atomic64_read(&r->flushes);
 	out.layout_changes = atomic64_read(&r->changes);
+	out.flags = READ_ONCE(r->kind) == MSHARE_LOCKED ? MSHARE_INFO_LOCKED : 0;
+	out.locked_bytes = (u64)atomic64_read(&r->locked) << PAGE_SHIFT;
 	if (out.region_size)
 		out.pagetable_bytes = mm_pgtables_bytes(r->mm);
 	out.resident_bytes = mshare_region_resident(r, &out.mapped_bytes, &out.mapped_end);

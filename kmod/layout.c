@@ -17,6 +17,7 @@
 #include <linux/fs.h>
 #include <linux/falloc.h>
 #include <linux/mman.h>
+#include <linux/pagemap.h>
 #include <linux/sched/signal.h>
 #include "compat.h"
 #include "mshare.h"
@@ -113,7 +114,21 @@ static int freeze(struct mshare_region *r)
 	return 0;
 }
 
-/* Freeze, flush, run fn in the host mm, thaw. */
+/* Freeze, flush, run fn in the host mm, thaw. Caller holds region->layout. */
+static int change(struct mshare_region *r, unsigned int op,
+		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size)
+{
+	int err = freeze(r);
+
+	if (!err) {
+		err = mshare_keeps(r, offset, size) ? -EBUSY : mshare_host_run(r, fn, arg);
+		atomic64_inc(&r->changes);
+		thaw(r);
+	}
+	trace_mshare_layout(r, op, offset, size, err);
+	return err;
+}
+
 int mshare_layout(struct mshare_region *r, unsigned int op,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size)
 {
@@ -121,13 +136,7 @@ int mshare_layout(struct mshare_region *r, unsigned int op,
 
 	if (err)
 		return err;
-	err = freeze(r);
-	if (!err) {
-		err = mshare_host_run(r, fn, arg);
-		atomic64_inc(&r->changes);
-		thaw(r);
-	}
-	trace_mshare_layout(r, op, offset, size, err);
+	err = change(r, op, fn, arg, offset, size);
 	mutex_unlock(&r->layout);
 	return err;
 }
@@ -152,6 +161,7 @@ struct map_args {
 	struct file *file;
 	unsigned long offset;		/* in the file */
 	bool write_notify;
+	struct mshare_pinning *pinning;	/* NULL: pages may move */
 };
 
 static unsigned long map_at(struct map_args *args, unsigned long addr, unsigned long prot)
@@ -204,12 +214,16 @@ static int do_map(struct mshare_region *r, void *data)
 	int err;
 
 	mshare_settle(r, false);
+	mshare_unpin(r, args->req->region_offset, args->req->size);
 	mshare_each_file(r, args->req->region_offset, args->req->size, free_piece);
 	err = map_at(args, MSHARE_RW, args->req->prot);
 	if (!err)
 		err = map_at(args, MSHARE_RO, PROT_READ);
+	if (!err && args->pinning)
+		err = mshare_pin(r, args->pinning, args->req->region_offset, args->req->size);
 	if (err) {
 		/* both views or none */
+		mshare_unpin(r, args->req->region_offset, args->req->size);
 		vm_munmap(MSHARE_RW + args->req->region_offset, args->req->size);
 		vm_munmap(MSHARE_RO + args->req->region_offset, args->req->size);
 	}
@@ -217,10 +231,31 @@ static int do_map(struct mshare_region *r, void *data)
 	return err;
 }
 
+/* Both steps in one hold of region->layout, which is held. */
+static int try_and_map(struct mshare_region *r, struct map_args *args)
+{
+	enum mshare_kind kind = args->pinning ? MSHARE_LOCKED : MSHARE_MOVABLE;
+	const struct mshare_create *req = args->req;
+	int err;
+
+	if (r->kind != MSHARE_EMPTY && r->kind != kind)
+		return -EINVAL;
+	err = mshare_host_run(r, try_map, args);
+	if (err)
+		return err;
+	if (args->write_notify)
+		WRITE_ONCE(r->write_notify, true);
+	err = change(r, MSHAREFS_CREATE_MAPPING, do_map, args, req->region_offset, req->size);
+	if (!err)
+		WRITE_ONCE(r->kind, kind);
+	return err;
+}
+
 /* Caller has checked the request. */
 int mshare_layout_map(struct mshare_region *r, struct file *file, const struct mshare_create *req)
 {
 	struct map_args args = { .req = req, .file = file, .offset = req->offset };
+	struct mshare_pinning pinning;
 	int err;
 
 	if (req->flags & MAP_ANONYMOUS) {
@@ -231,17 +266,22 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 		if (IS_ERR(args.file))
 			return PTR_ERR(args.file);
 	}
+	if (req->flags & MAP_LOCKED) {
+		err = mshare_pin_account(&pinning, req->size);
+		if (err)
+			goto out;
+		args.pinning = &pinning;
+		if (req->flags & MAP_ANONYMOUS)
+			mapping_set_unevictable(args.file->f_mapping);
+	}
 	err = mutex_lock_killable(&r->layout);
 	if (!err) {
-		err = mshare_host_run(r, try_map, &args);
+		err = try_and_map(r, &args);
 		mutex_unlock(&r->layout);
 	}
-	if (!err) {
-		if (args.write_notify)
-			WRITE_ONCE(r->write_notify, true);
-		err = mshare_layout(r, MSHAREFS_CREATE_MAPPING, do_map, &args,
-				    req->region_offset, req->size);
-	}
+	if (args.pinning)
+		mshare_pin_done(&pinning);
+out:
 	if (req->flags & MAP_ANONYMOUS)
 		fput(args.file);
 	return err;
@@ -255,6 +295,7 @@ static int do_unmap(struct mshare_region *r, void *data)
 	mshare_settle(r, false);
 	err = vm_munmap(MSHARE_RO + req->region_offset, req->size);
 	if (!err) {
+		mshare_unpin(r, req->region_offset, req->size);
 		mshare_each_file(r, req->region_offset, req->size, free_piece);
 		err = vm_munmap(MSHARE_RW + req->region_offset, req->size);
 	}

@@ -40,12 +40,17 @@
 #define MSHARE_STAGE	(MSHARE_RW + MSHARE_MAX_SIZE)
 #define MSHARE_RO	(MSHARE_STAGE + MSHARE_MAX_SIZE)
 
+/* Decided by the first mapping; only a locked region has pages that never move. */
+enum mshare_kind { MSHARE_EMPTY, MSHARE_MOVABLE, MSHARE_LOCKED };
+
 struct mshare_region {
 	struct mm_struct *mm;		/* host mm; NULL until the size is set */
 	unsigned long size;		/* set once, after mm */
 	struct mmu_notifier mn;		/* on the host mm */
 	pud_t blank;
-	struct mutex layout;		/* one change at a time */
+	struct mutex layout;		/* one change at a time; kind, pins */
+	enum mshare_kind kind;
+	struct list_head pins;		/* of pin.c */
 	spinlock_t lock;		/* windows, frozen, pass */
 	struct list_head windows;
 	bool frozen;
@@ -53,6 +58,7 @@ struct mshare_region {
 	wait_queue_head_t thaw;
 	bool write_notify;		/* some writable content starts write-protected */
 	atomic_t nr_windows;
+	atomic64_t locked;		/* pages */
 	atomic64_t grafts, ungrafts, faults, flushes, changes;
 	struct list_head all;		/* every region, under mshare_regions_lock */
 	struct super_block *sb;
@@ -143,6 +149,21 @@ int mshare_layout_unmap(struct mshare_region *r, const struct mshare_unmap *req)
 
 /* protect.c */
 int mshare_layout_protect(struct mshare_region *r, const struct mshare_protect *req);
+
+/* pin.c */
+struct mshare_pinning {
+	struct mm_struct *mm;		/* who pays */
+	struct task_struct *task;	/* who may be killed */
+	struct user_struct *user;	/* whose limit it is; NULL: nobody's */
+	unsigned long counted;		/* pages not pinned yet */
+};
+
+int mshare_pin_account(struct mshare_pinning *p, u64 size);
+void mshare_pin_done(struct mshare_pinning *p);
+int mshare_pin(struct mshare_region *r, struct mshare_pinning *p, u64 offset, u64 size);
+void mshare_unpin(struct mshare_region *r, unsigned long offset, unsigned long size);
+bool mshare_keeps(struct mshare_region *r, u64 offset, u64 size);
+bool mshare_may_attach(const struct mshare_region *r);
 
 /* attach.c */
 int mshare_mmap(struct file *file, struct vm_area_struct *vma);

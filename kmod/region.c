@@ -161,6 +161,7 @@ struct mshare_region *mshare_region_new(struct super_block *sb)
 	mutex_init(&r->layout);
 	spin_lock_init(&r->lock);
 	INIT_LIST_HEAD(&r->windows);
+	INIT_LIST_HEAD(&r->pins);
 	init_waitqueue_head(&r->thaw);
 	r->sb = sb;
 	mutex_lock(&mshare_regions_lock);
@@ -176,6 +177,7 @@ void mshare_region_free(struct mshare_region *r)
 	list_del(&r->all);
 	mutex_unlock(&mshare_regions_lock);
 	if (r->mm) {
+		mshare_unpin(r, 0, r->size);
 		mmu_notifier_unregister(&r->mn, r->mm);
 		mmput(r->mm);
 	}

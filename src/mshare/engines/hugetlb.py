@@ -100,7 +100,7 @@ class Hugetlb(Engine):
             return self.open(name, readonly=readonly)
         return super()._open_missing(name, readonly=readonly)
 
-    def reserve(self, fd: int, size: int, name: str) -> None:
+    def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         size = round_up(size, self.granule)
         check = self.check(size)
         if not check.works:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from mshare import mapping, memory
 from mshare.engines.base import Check, Engine, Stat, exists
-from mshare.errors import invalid
+from mshare.errors import invalid, unsupported
 from mshare.sizes import PAGE_SIZE, human
 
 HUGE_SETTING = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -67,7 +67,7 @@ class Shm(Engine):
             )
         return tuple(notes)
 
-    def reserve(self, fd: int, size: int, name: str) -> None:
+    def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         check = self.check(size)
         if not check.works:
             cure = f"; try: {check.cure}" if check.cure else ""
@@ -79,7 +79,9 @@ class Shm(Engine):
         except OSError as error:
             raise OSError(error.errno, f"no room for the region: {error.strerror}", name) from None
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def create_over(self, name: str, file: str | int, *, locked: bool = False) -> None:
+        if locked:
+            raise unsupported("lock a region in memory", self.name, "msharefs", name)
         path = _path_of(file)
         directory = self._made_directory()
         try:
