@@ -28,6 +28,7 @@ COMMANDS = (
     "protect",
     "bench",
     "doctor",
+    "advise",
     "plan",
     "module",
     "lab",
