@@ -151,7 +151,7 @@ def test_every_kind_is_found(tmp_path: Path, shm: str) -> None:
         assert target.programs == {"adviser": 3}
         assert target.size == target.resident == SIZE
         assert abs(target.page_tables - 3 * cost.tables(SIZE)) <= 3 * 3 * PAGE_SIZE
-        least = 2 * cost.tables(SIZE) - 3 * cost.WINDOW
+        least = 2 * cost.tables(SIZE) - 3 * cost.WINDOW - cost.REGION
         assert abs(target.saves - least) <= 3 * 3 * PAGE_SIZE
     assert found["file"].path == str(tmp_path / "a file")
     assert found["shm"].path == shm
@@ -198,9 +198,9 @@ def test_readers_and_writers_need_two_sets() -> None:
         return made
 
     now, then = advice._small(group(True, False, False), size)
-    assert (now, then) == (3 * each.tables, 2 * each.tables + 3 * cost.WINDOW)
+    assert (now, then) == (3 * each.tables, 2 * each.tables + 3 * cost.WINDOW + cost.REGION)
     now, then = advice._small(group(False, False, False), size)
-    assert (now, then) == (3 * each.tables, each.tables + 3 * cost.WINDOW)
+    assert (now, then) == (3 * each.tables, each.tables + 3 * cost.WINDOW + cost.REGION)
 
 
 @pytest.mark.parametrize(("start", "saves"), [(SLOT_SIZE, 0), (3 * SLOT_SIZE // 2, 5)])

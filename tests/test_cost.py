@@ -88,10 +88,11 @@ def test_known_sums() -> None:
     shm = of("shm", 300 * gib, 1500)
     assert leaves < shm.page_tables < 1.01 * leaves
     shared = of("msharefs", 300 * gib, 1500)
-    assert shared.page_tables == 2 * cost.tables(300 * gib) + 1500 * 12 * 1024
+    assert shared.once == 2 * cost.tables(300 * gib) + cost.REGION
+    assert shared.page_tables == shared.once + 1500 * 12 * 1024
     assert shared.page_tables < 0.02 * shm.page_tables
     assert (shared.faults_first, shared.faults_further) == (300 * gib // 65536, 0)
-    assert of("msharefs", gib, 9, "write").once == cost.tables(gib)
+    assert of("msharefs", gib, 9, "write").once == cost.tables(gib) + cost.REGION
     assert of("private", gib, 7).content == 7 * gib
     assert of("shm", gib, 2, page=HUGE_PAGE).faults_further == 512
 

@@ -213,7 +213,7 @@ def _small(group: _Group, size: int) -> tuple[int, int]:
             views[mapping.writable] += each.tables
     now = sum(views.values())
     sets = sum(min(view, cost.tables(size)) for view in views.values())
-    return now, sets + len(group.found) * cost.windows(size)
+    return now, cost.REGION + sets + len(group.found) * cost.windows(size)
 
 
 def _hugetlb(group: _Group, size: int) -> tuple[int, int]:

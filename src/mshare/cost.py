@@ -21,6 +21,8 @@ FAULT_AROUND = 16
 WINDOW = 3 * PAGE_SIZE
 """At most what a window of msharefs needs in a process for each 512 GiB: a PUD page, and the PMD
 page and PTE page that are made with it."""
+REGION = 3 * PAGE_SIZE
+"""What a region of msharefs has besides: the tables of a place in which nothing is mapped."""
 PAGE_SIZES = (PAGE_SIZE, HUGE_PAGE)
 
 
@@ -84,7 +86,7 @@ def _faults(size: int, page_size: int, writing: bool) -> int:
 
 
 def _msharefs(size: int, processes: int, page_size: int, writing: bool) -> Cost:
-    once = tables(size, page_size) * (1 if writing else 2)
+    once = REGION + tables(size, page_size) * (1 if writing else 2)
     each = windows(size)
     faults = _faults(size, page_size, writing)
     return Cost("msharefs", once + processes * each, once, each, each, faults, 0, size)

@@ -30,6 +30,8 @@ COMMANDS = (
     "doctor",
     "advise",
     "plan",
+    "top",
+    "export",
     "module",
     "lab",
 )
