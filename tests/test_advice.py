@@ -188,7 +188,7 @@ ready(os.getpid())
 def test_readers_and_writers_need_two_sets() -> None:
     """With readers and a writer the sum is two sets of tables and 12 KiB for each process."""
     size = 100 * MIB
-    each = Occupied(cost.tables(size), size)
+    each = Occupied(cost.tables(size), size, (1 << 50) - 1)
 
     def group(*writable: bool) -> advice._Group:
         made = advice._Group("file", "/file")
@@ -201,6 +201,22 @@ def test_readers_and_writers_need_two_sets() -> None:
     assert (now, then) == (3 * each.tables, 2 * each.tables + 3 * cost.WINDOW + cost.REGION)
     now, then = advice._small(group(False, False, False), size)
     assert (now, then) == (3 * each.tables, each.tables + 3 * cost.WINDOW + cost.REGION)
+
+
+def test_one_set_holds_what_any_process_touched() -> None:
+    """Processes that touched the same blocks need those once, others need all of them."""
+    tables = 2 * PAGE_SIZE
+
+    def then(*common: int) -> int:
+        made = advice._Group("shm", "/dev/shm/sparse")
+        for pid, bits in enumerate(common):
+            made.users[pid].append(Shared(0, SLOT_SIZE, 0, (0, 1), 7, "", False))
+            made.found[pid].append(Occupied(tables, PAGE_SIZE, bits))
+        return advice._small(made, SLOT_SIZE)[1] - cost.REGION - len(common) * cost.WINDOW
+
+    assert then(1, 1, 1) == tables + PAGE_SIZE
+    assert then(1, 2, 4) == 3 * PAGE_SIZE + 2 * PAGE_SIZE
+    assert then(0, 0, 0) == tables
 
 
 @pytest.mark.parametrize(("start", "saves"), [(SLOT_SIZE, 0), (3 * SLOT_SIZE // 2, 5)])

@@ -206,14 +206,34 @@ def _target(group: _Group, programs: dict[int, Process]) -> Target:
 
 
 def _small(group: _Group, size: int) -> tuple[int, int]:
-    """Page tables now, and at most with msharefs: a set for writers, one for readers."""
-    views = {True: 0, False: 0}
-    for pid, found in group.found.items():
-        for mapping, each in zip(group.users[pid], found, strict=True):
-            views[mapping.writable] += each.tables
-    now = sum(views.values())
-    sets = sum(min(view, cost.tables(size)) for view in views.values())
-    return now, cost.REGION + sets + len(group.found) * cost.windows(size)
+    """Page tables now, and with msharefs: a set for writers, one for readers."""
+    now = then = 0
+    for writable in (True, False):
+        users = [
+            [
+                (m, each)
+                for m, each in zip(group.users[pid], found, strict=True)
+                if m.writable is writable
+            ]
+            for pid, found in group.found.items()
+        ]
+        tables = [sum(each.tables for _, each in user) for user in users]
+        now += sum(tables)
+        together = _together([pair for user in users for pair in user])
+        then += min(max(together, *tables), cost.tables(size), sum(tables))
+    return now, cost.REGION + then + len(group.found) * cost.windows(size)
+
+
+def _together(found: list[tuple[Shared, Occupied]]) -> int:
+    """Bytes of one set of tables for whatever of these mappings any process has in its own."""
+    parts: dict[tuple[int, int, int], tuple[int, float]] = {}
+    for mapping, each in found:
+        part = mapping.offset, mapping.size, mapping.start % HUGE_PAGE
+        parts[part] = parts.get(part, (0, 0.0))[0] | each.common, each.weight
+    return sum(
+        cost.tables(round(common.bit_count() * weight) * HUGE_PAGE)
+        for common, weight in parts.values()
+    )
 
 
 def _hugetlb(group: _Group, size: int) -> tuple[int, int]:

@@ -10,13 +10,17 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mshare.cost import HUGE_PAGE
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 SAMPLES = 512
-"""Blocks of 2 MiB that are looked at in a mapping; all of them up to 1 GiB."""
+"""Blocks of 2 MiB at most that are looked at in a mapping: all of them, up to 1 GiB."""
 _ENTRY = 8
 _PER_BLOCK = HUGE_PAGE // PAGE_SIZE
 _NAME = re.compile(rb"^Name:\t(.*)$", re.M)
@@ -57,6 +61,10 @@ class Occupied(NamedTuple):
 
     tables: int
     resident: int
+    common: int = 0
+    """A bit for each block that is looked at in every process that maps this part of the file."""
+    weight: float = 1.0
+    """How many blocks a bit of ``common`` stands for."""
 
 
 def pids() -> list[int]:
@@ -108,38 +116,63 @@ def occupied(pid: int, mappings: list[Shared]) -> list[Occupied]:
     """How much of each mapping the page tables of ``pid`` hold, from ``/proc/PID/pagemap``.
 
     A PTE page is there for each block of 2 MiB with a page in it. In a mapping of more than
-    ``SAMPLES`` blocks as many are looked at, one from each of as many equal parts.
+    ``SAMPLES`` blocks as many are looked at, from equal parts: half of them chosen for this
+    process, and they give its figures; half the same in each process that maps this part.
 
     :raises PermissionError: it belongs to another user.
     """
     huge = _huge_mapped(pid)
     with _vanishing(pid), open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
         return [
-            _occupied(file.fileno(), mapping.start, mapping.end, huge.get(mapping.start, 0))
+            _occupied(file.fileno(), mapping, pid, huge.get(mapping.start, 0))
             for mapping in mappings
         ]
 
 
-def _occupied(pagemap: int, start: int, end: int, huge: int) -> Occupied:
+def _occupied(pagemap: int, mapping: Shared, pid: int, huge: int) -> Occupied:
     import numpy as np
 
-    first, last = start // HUGE_PAGE, -(-end // HUGE_PAGE)
-    count = min(last - first, SAMPLES)
+    first, last = mapping.start // HUGE_PAGE, -(-mapping.end // HUGE_PAGE)
+    if last - first <= SAMPLES:
+        own = common = _pages(pagemap, mapping, list(range(first, last)))
+    else:
+        part = mapping.offset, mapping.size
+        own = _pages(pagemap, mapping, _sample(first, last, (pid, mapping.start)))
+        common = _pages(pagemap, mapping, _sample(first, last, part))
+    weight = (last - first) / len(own)
+    blocks = round(np.count_nonzero(own) * weight)
+    slots = -(-mapping.end // SLOT_SIZE) - mapping.start // SLOT_SIZE
+    return Occupied(
+        tables=(max(blocks - huge // HUGE_PAGE, 0) + min(slots, blocks)) * PAGE_SIZE,
+        resident=min(round(int(own.sum()) * weight) * PAGE_SIZE, mapping.size),
+        common=int.from_bytes(np.packbits(common > 0).tobytes()),
+        weight=weight,
+    )
+
+
+def _sample(first: int, last: int, seed: tuple[int, int]) -> list[int]:
+    """Blocks from ``first`` to before ``last``, one from each of equal parts."""
+    import numpy as np
+
+    count = SAMPLES // 2
     parts = np.linspace(first, last, count + 1)
-    inside = np.random.default_rng(start).random(count)
-    blocks = (parts[:-1] + inside * np.diff(parts)).astype(int).tolist()
-    entries = np.zeros((count, _PER_BLOCK), np.int64)
+    inside = np.random.default_rng(seed).random(count)
+    chosen: list[int] = (parts[:-1] + inside * np.diff(parts)).astype(int).tolist()
+    return chosen
+
+
+def _pages(pagemap: int, mapping: Shared, blocks: list[int]) -> npt.NDArray[np.int64]:
+    """How many pages of each block are in the page tables."""
+    import numpy as np
+
+    entries = np.zeros((len(blocks), _PER_BLOCK), np.int64)
     for row, block in enumerate(blocks):
-        low, high = max(start, block * HUGE_PAGE), min(end, (block + 1) * HUGE_PAGE)
+        low = max(mapping.start, block * HUGE_PAGE)
+        high = min(mapping.end, (block + 1) * HUGE_PAGE)
         room = entries[row, : (high - low) // PAGE_SIZE]
         os.preadv(pagemap, [room.data], low // PAGE_SIZE * _ENTRY)
-    present = (entries < 0).sum(axis=1)
-    share = (last - first) / count
-    leaves = max(round(np.count_nonzero(present) * share) - huge // HUGE_PAGE, 0)
-    slots = -(-end // SLOT_SIZE) - start // SLOT_SIZE
-    upper = min(slots, round(np.count_nonzero(present) * share))
-    resident = min(round(int(present.sum()) * share) * PAGE_SIZE, end - start)
-    return Occupied((leaves + upper) * PAGE_SIZE, resident)
+    pages: npt.NDArray[np.int64] = (entries < 0).sum(axis=1)
+    return pages
 
 
 def _huge_mapped(pid: int) -> dict[int, int]:
