@@ -16,7 +16,7 @@ import pytest
 from mshare import advice, cost, processes
 from mshare.advice import Target
 from mshare.cli import main
-from mshare.processes import Occupied, Shared
+from mshare.processes import Occupied, Process, Shared
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE
 from tests.conftest import NOBODY, SubPython
 
@@ -139,6 +139,8 @@ ready(f"{{os.getpid()}} {{int(pagetables.process() - before)}}")
         (found,) = processes.occupied(pid, [largest(pid)])
         assert grown >= 2048 * PAGE_SIZE
         assert abs(found.tables - grown) <= 0.2 * grown
+        (found,) = processes.occupied(pid, [largest(pid)], samples=4096)
+        assert abs(found.tables - grown) <= 3 * PAGE_SIZE
 
 
 def test_every_kind_is_found(tmp_path: Path, shm: str) -> None:
@@ -241,12 +243,16 @@ def test_mapped_parts_count_once() -> None:
     assert advice._mapped([part(0, 100), part(50, 100), part(50, 20), part(300, 10)]) == 160
 
 
-def test_parts_are_not_more_than_vmpte() -> None:
-    """Estimates of one process are scaled down to its VmPTE, which is exact."""
+def test_estimates_are_not_more_than_vmpte() -> None:
+    """However the sample fell, a target's page tables are at most those of its processes."""
     group = advice._Group("file", "/file")
-    group.found[7] = [Occupied(300, 1), Occupied(100, 1)]
-    advice._limit([group], 7, 200)
-    assert [each.tables for each in group.found[7]] == [150, 50]
+    programs = {}
+    for pid in (7, 8):
+        group.users[pid].append(Shared(0, SLOT_SIZE, 0, (8, 1), 7, "/file", False))
+        group.found[pid].append(Occupied(2 * MIB, SLOT_SIZE, 1))
+        programs[pid] = Process(pid, "x", MIB)
+    target = advice._target(group, programs)
+    assert target.page_tables == 2 * MIB
 
 
 def test_processes_that_vanish(tmp_path: Path, shm: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,23 @@ from typing import NamedTuple
 import mshare
 from mshare import cost, engines
 from mshare.cost import HUGE_PAGE
-from mshare.processes import Occupied, Process, Shared, occupied, pids, process, shared_mappings
+from mshare.processes import (
+    SAMPLES,
+    Occupied,
+    Process,
+    Shared,
+    occupied,
+    pids,
+    process,
+    shared_mappings,
+)
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE, round_up
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are behind it, and of how many."""
 
+_BLOCKS = 1 << 20
+"""Blocks of 2 MiB that are looked at in all, if that is enough: some seconds."""
 _SPECIAL = {"devtmpfs", "devpts", "proc", "sysfs", "debugfs", "tracefs", "cgroup", "cgroup2", "bpf"}
 _ANONYMOUS = {"anonymous": "anonymous shared memory"}
 _POSTGRES = {"postgres", "postmaster"}
@@ -78,7 +89,7 @@ def scan(minimum: int = 1 << 20, progress: Progress = lambda text, done, total: 
         raise OSError(errno.ENOSYS, "this kernel shows no page maps", "/proc/self/pagemap")
     groups, programs, unreadable = _groups(progress)
     groups = [each for each in groups if len(each.users) > 1 and _most(each) >= minimum]
-    _measure(groups, programs, progress)
+    _measure(groups, progress)
     targets = [_target(group, programs) for group in groups if len(group.found) > 1]
     targets = [target for target in targets if target.saves >= minimum]
     targets.sort(key=lambda target: target.saves, reverse=True)
@@ -158,32 +169,22 @@ def _most(group: _Group) -> int:
     return sum(cost.tables(m.size, page) for user in group.users.values() for m in user)
 
 
-def _measure(groups: list[_Group], programs: dict[int, Process], progress: Progress) -> None:
+def _measure(groups: list[_Group], progress: Progress) -> None:
     """Fill in what each process has in its page tables; who ends meanwhile is left out."""
     wanted = defaultdict(list)
     for group in groups:
         for pid in group.users:
             wanted[pid].append(group)
+    mappings = sum(len(user) for group in groups for user in group.users.values())
+    samples = max(SAMPLES, _BLOCKS // max(mappings, 1))
     for done, (pid, its) in enumerate(wanted.items()):
         progress("reading page maps", done, len(wanted))
         try:
-            found = iter(occupied(pid, [m for group in its for m in group.users[pid]]))
+            found = iter(occupied(pid, [m for group in its for m in group.users[pid]], samples))
         except (ProcessLookupError, PermissionError):
             continue
         for group in its:
             group.found[pid] = [next(found) for _ in group.users[pid]]
-        _limit(its, pid, programs[pid].page_tables)
-
-
-def _limit(groups: list[_Group], pid: int, page_tables: int) -> None:
-    """A process's parts are not more than its VmPTE, which is exact."""
-    whole = sum(each.tables for group in groups for each in group.found[pid])
-    if whole > page_tables:
-        for group in groups:
-            group.found[pid] = [
-                each._replace(tables=each.tables * page_tables // whole)
-                for each in group.found[pid]
-            ]
 
 
 def _target(group: _Group, programs: dict[int, Process]) -> Target:
@@ -191,6 +192,7 @@ def _target(group: _Group, programs: dict[int, Process]) -> Target:
     size = _mapped(mappings)
     resident = max(sum(each.resident for each in found) for found in group.found.values())
     now, then = (_hugetlb if group.kind == "hugetlb" else _small)(group, size)
+    now = min(now, sum(programs[pid].page_tables for pid in group.found))
     names = Counter(programs[pid].name for pid in group.found)
     return Target(
         kind=group.kind,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 SAMPLES = 512
-"""Blocks of 2 MiB at most that are looked at in a mapping: all of them, up to 1 GiB."""
+"""Blocks of 2 MiB that are looked at in a mapping, at least: all of them, up to 1 GiB."""
 _ENTRY = 8
 _PER_BLOCK = HUGE_PAGE // PAGE_SIZE
 _NAME = re.compile(rb"^Name:\t(.*)$", re.M)
@@ -112,11 +112,11 @@ def shared_mappings(pid: int) -> list[Shared]:
     ]
 
 
-def occupied(pid: int, mappings: list[Shared]) -> list[Occupied]:
+def occupied(pid: int, mappings: list[Shared], samples: int = SAMPLES) -> list[Occupied]:
     """How much of each mapping the page tables of ``pid`` hold, from ``/proc/PID/pagemap``.
 
     A PTE page is there for each block of 2 MiB with a page in it. In a mapping of more than
-    ``SAMPLES`` blocks as many are looked at, from equal parts: half of them chosen for this
+    ``samples`` blocks as many are looked at, from equal parts: half of them chosen for this
     process, and they give its figures; half the same in each process that maps this part.
 
     :raises PermissionError: it belongs to another user.
@@ -124,21 +124,21 @@ def occupied(pid: int, mappings: list[Shared]) -> list[Occupied]:
     huge = _huge_mapped(pid)
     with _vanishing(pid), open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
         return [
-            _occupied(file.fileno(), mapping, pid, huge.get(mapping.start, 0))
+            _occupied(file.fileno(), mapping, pid, huge.get(mapping.start, 0), samples)
             for mapping in mappings
         ]
 
 
-def _occupied(pagemap: int, mapping: Shared, pid: int, huge: int) -> Occupied:
+def _occupied(pagemap: int, mapping: Shared, pid: int, huge: int, samples: int) -> Occupied:
     import numpy as np
 
     first, last = mapping.start // HUGE_PAGE, -(-mapping.end // HUGE_PAGE)
-    if last - first <= SAMPLES:
+    if last - first <= samples:
         own = common = _pages(pagemap, mapping, list(range(first, last)))
     else:
         part = mapping.offset, mapping.size
-        own = _pages(pagemap, mapping, _sample(first, last, (pid, mapping.start)))
-        common = _pages(pagemap, mapping, _sample(first, last, part))
+        own = _pages(pagemap, mapping, _sample(first, last, samples // 2, (pid, mapping.start)))
+        common = _pages(pagemap, mapping, _sample(first, last, samples // 2, part))
     weight = (last - first) / len(own)
     blocks = round(np.count_nonzero(own) * weight)
     slots = -(-mapping.end // SLOT_SIZE) - mapping.start // SLOT_SIZE
@@ -150,11 +150,10 @@ def _occupied(pagemap: int, mapping: Shared, pid: int, huge: int) -> Occupied:
     )
 
 
-def _sample(first: int, last: int, seed: tuple[int, int]) -> list[int]:
+def _sample(first: int, last: int, count: int, seed: tuple[int, int]) -> list[int]:
     """Blocks from ``first`` to before ``last``, one from each of equal parts."""
     import numpy as np
 
-    count = SAMPLES // 2
     parts = np.linspace(first, last, count + 1)
     inside = np.random.default_rng(seed).random(count)
     chosen: list[int] = (parts[:-1] + inside * np.diff(parts)).astype(int).tolist()
@@ -165,13 +164,16 @@ def _pages(pagemap: int, mapping: Shared, blocks: list[int]) -> npt.NDArray[np.i
     """How many pages of each block are in the page tables."""
     import numpy as np
 
-    entries = np.zeros((len(blocks), _PER_BLOCK), np.int64)
-    for row, block in enumerate(blocks):
-        low = max(mapping.start, block * HUGE_PAGE)
-        high = min(mapping.end, (block + 1) * HUGE_PAGE)
-        room = entries[row, : (high - low) // PAGE_SIZE]
-        os.preadv(pagemap, [room.data], low // PAGE_SIZE * _ENTRY)
-    pages: npt.NDArray[np.int64] = (entries < 0).sum(axis=1)
+    pages = np.zeros(len(blocks), np.int64)
+    for done in range(0, len(blocks), SAMPLES):
+        batch = blocks[done : done + SAMPLES]
+        entries = np.zeros((len(batch), _PER_BLOCK), np.int64)
+        for row, block in enumerate(batch):
+            low = max(mapping.start, block * HUGE_PAGE)
+            high = min(mapping.end, (block + 1) * HUGE_PAGE)
+            room = entries[row, : (high - low) // PAGE_SIZE]
+            os.preadv(pagemap, [room.data], low // PAGE_SIZE * _ENTRY)
+        pages[done : done + len(batch)] = (entries < 0).sum(axis=1)
     return pages
 
 

@@ -18,9 +18,10 @@ EXAMPLE = "  mshare advise\n  sudo mshare advise --min 100M --json"
 
 _HOW = """\
 Counts shared mappings; memory that forked processes have in common is private and no case for
-sharing. Page tables are estimated from /proc/PID/pagemap, which is looked at in up to 512 places
-of each mapping, and are never more than VmPTE. What would be saved is with the engine msharefs,
-or by better alignment on hugetlbfs. As a user: your own processes; as root: all."""
+sharing. Page tables are counted in /proc/PID/pagemap: exactly in mappings of up to 1 GiB, in
+larger ones from a sample if there are many, and never more than VmPTE. What would be saved is
+with the engine msharefs, or by better alignment on hugetlbfs. As a user: your own processes; as
+root: all."""
 
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
