@@ -164,13 +164,14 @@ def test_every_kind_is_found(tmp_path: Path, shm: str) -> None:
 
 
 def test_postgresql_is_told_of_huge_pages(tmp_path: Path, shm: str) -> None:
-    """Its segments want huge_pages, with the number; its files do not."""
+    """Its main segment wants huge_pages, with their number; what else it maps does not."""
     with holding(_KINDS, tmp_path / "file", shm, "postgres") as (pid,):
         found = of(pid)
-    for kind in ("sysv", "anonymous", "shm"):
+    for kind in ("sysv", "anonymous"):
         assert "huge_pages = on" in found[kind].change
         assert f"vm.nr_hugepages={SIZE // (2 * MIB)}" in found[kind].change
-    assert "huge_pages" not in found["file"].change
+    for kind in ("file", "shm", "memfd"):
+        assert "huge_pages" not in found[kind].change
 
 
 def test_one_process_shares_with_nobody(tmp_path: Path) -> None:
@@ -272,6 +273,22 @@ def test_processes_that_vanish(tmp_path: Path, shm: str, monkeypatch: pytest.Mon
         assert killed
         assert victim not in found["memfd"].pids
         assert pid in found["memfd"].pids
+
+
+def test_progress(tmp_path: Path, shm: str) -> None:
+    """Both passes say how far they are, from the first step to the last."""
+    steps: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(text: str, done: int, total: int) -> None:
+        steps.setdefault(text, []).append((done, total))
+
+    with holding(_KINDS, tmp_path / "file", shm, "adviser"):
+        advice.scan(64 << 10, progress)
+    assert list(steps) == ["reading maps", "reading page maps"]
+    for each in steps.values():
+        total = each[0][1]
+        assert each == [(done, total) for done in range(total)]
+        assert total >= 3
 
 
 def test_a_user_sees_their_own(root: None, python: SubPython, tmp_path: Path) -> None:

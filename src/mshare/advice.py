@@ -271,7 +271,7 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
         return "map it at an address that is a whole GiB, as mshare.attach does on engine hugetlb"
     if group.kind == "file":
         return _change_file(path)
-    if program in _POSTGRES:
+    if program in _POSTGRES and group.kind in ("anonymous", "sysv"):
         pages = round_up(size, HUGE_PAGE) // HUGE_PAGE
         return (
             "huge_pages = on in postgresql.conf, and as root, before it is restarted: "
