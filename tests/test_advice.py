@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import mshare
 from mshare import advice, cost, processes
 from mshare.advice import Target
 from mshare.cli import main
@@ -220,6 +223,32 @@ def test_one_set_holds_what_any_process_touched() -> None:
     assert then(1, 1, 1) == tables + PAGE_SIZE
     assert then(1, 2, 4) == 3 * PAGE_SIZE + 2 * PAGE_SIZE
     assert then(0, 0, 0) == tables
+
+
+def test_the_line_to_change_is_the_shortest_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where mshare has a drop-in for mmap, and for whole programs, the advice is to use them."""
+    group = advice._Group("file", "/data/it's here.npy")
+    names = Counter({"gunicorn: worker": 34})
+    monkeypatch.delattr(mshare, "mmap", raising=False)
+    shown = advice._change(group, SIZE, names)
+    assert "--backing '/data/it'\"'\"'s here.npy'" in shown
+    assert "mshare.attach('it-s-here.npy', readonly=True)" in shown
+    monkeypatch.setattr(mshare, "mmap", object(), raising=False)
+    assert advice._change(group, SIZE, names).startswith("mshare.mmap(...) in place of mmap.mmap")
+    group.kind = "memfd"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert advice._change(group, SIZE, names).startswith(f"mshare.create('NAME', {SIZE})")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "mshare.cli.run")
+    assert "mshare run -- PROGRAM" in advice._change(group, SIZE, names)
+    group.path = "/dev/shm/mshare/features"
+    assert "create the region features anew" in advice._change(group, SIZE, names)
+
+
+def test_kernel_without_page_maps(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Where the kernel shows no page maps that is said, and nothing made up."""
+    monkeypatch.setattr(os.path, "exists", lambda path: path != "/proc/self/pagemap")
+    assert main(["advise"]) == 1
+    assert "shows no page maps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("start", "saves"), [(SLOT_SIZE, 0), (3 * SLOT_SIZE // 2, 5)])

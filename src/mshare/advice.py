@@ -282,7 +282,7 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
         return f"mshare module load, as root; then create the region {name} anew"
     region = f"mshare.create('NAME', {size}) once; in each process: mshare.attach('NAME')"
     if importlib.util.find_spec("mshare.cli.run"):
-        return f"unmodified: mshare run -- {program} ...; or {region}"
+        return f"the program as it is: mshare run -- PROGRAM ...; or {region}"
     return region
 
 
