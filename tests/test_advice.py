@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -16,16 +17,19 @@ from pathlib import Path
 import pytest
 
 import mshare
-from mshare import advice, cost, processes
+from mshare import advice, cost, hugepages, processes
 from mshare.advice import Target
 from mshare.cli import main
+from mshare.engines import Engine
 from mshare.processes import Occupied, Process, Shared
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE
 from tests.conftest import NOBODY, SubPython
+from tests.measured import measured
 
 Capture = pytest.CaptureFixture[str]
 MIB = 1 << 20
 SIZE = 32 * MIB
+MAP_HUGETLB = 0x40000
 
 _MAP = """
 import ctypes, mmap, os, sys
@@ -262,6 +266,55 @@ def test_hugetlb_is_judged_by_alignment(start: int, saves: int) -> None:
     assert then == 2 * PAGE_SIZE
     assert now == (2 if start % SLOT_SIZE == 0 else 9) * PAGE_SIZE
     assert (now - then > 0) == (saves > 0)
+
+
+def test_huge_pages_are_told_from_small_ones(hugetlb: Engine, name: str) -> None:
+    """A region on hugetlbfs, a memfd, anonymous memory: of huge pages, all are kind hugetlb."""
+    size = 6 * MIB
+    region = mshare.create(name, size, engine="hugetlb")
+    huge, small = os.memfd_create("huge", os.MFD_HUGETLB), os.memfd_create("small")
+    for fd in (huge, small):
+        os.ftruncate(fd, size)
+    anonymous = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+    held: list[mshare.Region | mmap.mmap] = [
+        region,
+        mmap.mmap(huge, size),
+        mmap.mmap(-1, size, flags=anonymous | MAP_HUGETLB),
+        mmap.mmap(small, size),
+        mmap.mmap(-1, size, flags=anonymous),
+    ]
+    kinds = advice._Kinds()
+    mappings = processes.shared_mappings(os.getpid())
+    found = sorted(str(kinds.of(each)) for each in mappings if each.size == size)
+    assert found == ["anonymous", "hugetlb", "hugetlb", "hugetlb", "memfd"]
+    for each in held:
+        each.close()
+    os.close(huge)
+    os.close(small)
+
+
+def test_aligned_regions_on_hugetlb_are_no_case(hugetlb: Engine, name: str) -> None:
+    """Three processes on a whole GiB of huge pages: shared by the kernel, when aligned."""
+    with hugepages.reserved(SLOT_SIZE, lambda text: None):
+        region = mshare.create(name, SLOT_SIZE, engine="hugetlb")
+        path = f"{hugetlb.directory()}/{name}"
+        region.close()
+        with measured(name, "hugetlb", "read", 3):
+            assert path not in [each.path for each in advice.scan(PAGE_SIZE).targets]
+        code = f"""{_MAP}
+file = os.open(sys.argv[1], os.O_RDWR)
+first = mmap.mmap(file, {2 * MIB})
+memory = mmap.mmap(file, {SLOT_SIZE})
+touch(memory, {2 * MIB})
+ready(os.getpid())
+"""
+        with holding(code, path) as (one,), holding(code, path) as (other,):
+            (found,) = (each for each in advice.scan(PAGE_SIZE).targets if each.path == path)
+            assert found.kind == "hugetlb"
+            assert set(found.pids) == {one, other}
+            assert found.resident == SLOT_SIZE
+            assert "whole GiB" in found.change
+        mshare.unlink(name)
 
 
 def test_mapped_parts_count_once() -> None:
