@@ -11,6 +11,7 @@
  * mm as current->mm runs on a kernel worker, one at a time per region, under
  * region->layout or the inode lock that covers the setting of the size.
  */
+#include <linux/cred.h>
 #include <linux/file.h>
 #include <linux/kthread.h>
 #include <linux/memcontrol.h>
@@ -47,6 +48,7 @@ struct host_work {
 	struct work_struct work;
 	struct mshare_region *r;
 	struct mem_cgroup *memcg;
+	const struct cred *cred;
 	int (*fn)(struct mshare_region *r, void *arg);
 	void *arg;
 	int err;
@@ -56,6 +58,7 @@ static void host_worker(struct work_struct *work)
 {
 	struct host_work *hw = container_of(work, struct host_work, work);
 	struct mem_cgroup *old = set_active_memcg(hw->memcg);
+	const struct cred *own = override_creds(hw->cred);
 	struct mm_struct *mm = hw->r->mm;
 
 	if (mm)
@@ -63,14 +66,18 @@ static void host_worker(struct work_struct *work)
 	hw->err = hw->fn(hw->r, hw->arg);
 	if (mm)
 		kthread_unuse_mm(mm);
+	revert_creds(own);
 	set_active_memcg(old);
 }
 
-/* Run fn on a kernel worker with the host mm as its own; the caller's group pays. */
+/*
+ * Run fn on a kernel worker with the host mm as its own. The caller's group pays,
+ * and security modules are asked whether the caller may.
+ */
 int mshare_host_run(struct mshare_region *r, int (*fn)(struct mshare_region *r, void *arg),
 		    void *arg)
 {
-	struct host_work hw = { .r = r, .fn = fn, .arg = arg };
+	struct host_work hw = { .r = r, .cred = current_cred(), .fn = fn, .arg = arg };
 
 	hw.memcg = get_mem_cgroup_from_mm(current->mm);
 	INIT_WORK_ONSTACK(&hw.work, host_worker);
