@@ -133,7 +133,7 @@ static long info(struct mshare_region *r, void __user *arg)
 	out.layout_changes = atomic64_read(&r->changes);
 	if (out.region_size)
 		out.pagetable_bytes = mm_pgtables_bytes(r->mm);
-	out.resident_bytes = mshare_region_resident(r, &out.mapped_bytes, &out.mapped_end);
+	out.resident_bytes = mshare_region_resident(r, true, &out.mapped_bytes, &out.mapped_end);
 	return copy_to_user(arg, &out, out.size) ? -EFAULT : 0;
 }
 

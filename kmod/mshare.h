@@ -56,6 +56,7 @@ struct mshare_region {
 	atomic64_t grafts, ungrafts, faults, flushes, changes;
 	struct list_head all;		/* every region, under mshare_regions_lock */
 	struct super_block *sb;
+	u64 resident;			/* bytes when they were last counted */
 };
 
 /* One per process mm that has a window, found through its mmu notifier. */
@@ -126,7 +127,7 @@ void mshare_region_exit(void);
 struct mshare_region *mshare_region_new(struct super_block *sb);
 int mshare_region_set_size(struct mshare_region *r, loff_t size);
 void mshare_region_free(struct mshare_region *r);
-u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end);
+u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end);
 u64 mshare_sb_resident(struct super_block *sb);
 int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned long size,
 		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len));

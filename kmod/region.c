@@ -193,9 +193,10 @@ void mshare_region_free(struct mshare_region *r)
  * Pages of content in memory. A file of the region's own holds no page that is
  * not mapped, so all of it counts, once: other content may lie between its parts.
  * Neighbouring mappings of any other file are counted together, up to what of the
- * file is in memory.
+ * file is in memory. Without wait, or for a caller that is killed, the number may
+ * be the last one known: a host's lock can be held for long, by a slow disk say.
  */
-u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
+u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end)
 {
 	unsigned long addr = MSHARE_RW, end = MSHARE_RW + mshare_size(r);
 	u64 pages = 0, total = 0, run = 0;
@@ -205,7 +206,8 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 
 	if (addr != end) {
 		xa_init(&seen);
-		mmap_read_lock(r->mm);
+		if (wait ? mmap_read_lock_killable(r->mm) : !mmap_read_trylock(r->mm))
+			return READ_ONCE(r->resident);
 		for (; (vma = find_vma_intersection(r->mm, addr, end)); addr = vma->vm_end) {
 			mapping = vma->vm_file->f_mapping;
 			total += vma_pages(vma);
@@ -228,6 +230,7 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 		mmap_read_unlock(r->mm);
 		xa_destroy(&seen);
 	}
+		WRITE_ONCE(r->resident, pages << PAGE_SHIFT);
 	if (mapped)
 		*mapped = total << PAGE_SHIFT;
 	if (last_end)
@@ -249,7 +252,8 @@ int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned lon
 	loff_t pos;
 
 	while (addr < end) {
-		mmap_read_lock(r->mm);
+		if (mmap_read_lock_killable(r->mm))
+			return -EINTR;
 		vma = find_vma_intersection(r->mm, addr, end);
 		if (!vma) {
 			mmap_read_unlock(r->mm);
@@ -275,7 +279,7 @@ u64 mshare_sb_resident(struct super_block *sb)
 	mutex_lock(&mshare_regions_lock);
 	list_for_each_entry(r, &mshare_regions, all)
 		if (r->sb == sb)
-			bytes += mshare_region_resident(r, NULL, NULL);
+			bytes += mshare_region_resident(r, false, NULL, NULL);
 	mutex_unlock(&mshare_regions_lock);
 	return bytes;
 }
