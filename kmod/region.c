@@ -169,6 +169,7 @@ struct mshare_region *mshare_region_new(struct super_block *sb)
 	spin_lock_init(&r->lock);
 	INIT_LIST_HEAD(&r->windows);
 	init_waitqueue_head(&r->thaw);
+	INIT_DELAYED_WORK(&r->patience, mshare_lose_patience);
 	r->sb = sb;
 	mutex_lock(&mshare_regions_lock);
 	list_add(&r->all, &mshare_regions);
@@ -205,9 +206,9 @@ u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 
 	struct xarray seen;
 
 	if (addr != end) {
-		xa_init(&seen);
 		if (wait ? mmap_read_lock_killable(r->mm) : !mmap_read_trylock(r->mm))
 			return READ_ONCE(r->resident);
+		xa_init(&seen);
 		for (; (vma = find_vma_intersection(r->mm, addr, end)); addr = vma->vm_end) {
 			mapping = vma->vm_file->f_mapping;
 			total += vma_pages(vma);
@@ -229,8 +230,8 @@ u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 
 			pages += min_t(u64, run, last->nrpages);
 		mmap_read_unlock(r->mm);
 		xa_destroy(&seen);
-	}
 		WRITE_ONCE(r->resident, pages << PAGE_SHIFT);
+	}
 	if (mapped)
 		*mapped = total << PAGE_SHIFT;
 	if (last_end)
