@@ -14,6 +14,7 @@
 #include <linux/mmu_notifier.h>
 #include <linux/rmap.h>
 #include <linux/sched/coredump.h>
+#include <linux/userfaultfd_k.h>
 #include <linux/version.h>
 
 #define MSHARE_SINCE(major, minor) (LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
@@ -147,6 +148,22 @@ static inline void mshare_init_search(struct mm_struct *mm)
 	mm->get_unmapped_area = mshare_fixed_area;
 }
 #endif
+
+/*
+ * 6.7: userfaultfd write-protects any mapping, and makes tables for it below a
+ * guest's PUD entry, where the host's or the blank ones may be. Updates of 6.12
+ * except special mappings, which windows are.
+ */
+static inline bool mshare_userfaultfd_keeps_out(void)
+{
+#if MSHARE_SINCE(6, 7) && defined(CONFIG_USERFAULTFD)
+	struct vm_area_struct vma = { .vm_flags = VM_DONTEXPAND };
+
+	return !vma_can_userfault(&vma, VM_UFFD_WP, true);
+#else
+	return true;
+#endif
+}
 
 /*
  * 6.5: page-table walkers that hold only the guest's lock survive the collapse

@@ -130,8 +130,8 @@ static bool graft_pass(struct mshare_window *win, bool make)
 }
 
 /*
- * Graft every slot that has content. What fails, for want of memory or because
- * of a notifier range that is open, is left to the first fault.
+ * Graft every slot that has content. What fails, for want of memory, because of
+ * a notifier range that is open or of a kill, is left to the first fault.
  * Caller holds the guest's mmap_lock.
  */
 void mshare_graft_all(struct mshare_window *win)
@@ -141,13 +141,13 @@ void mshare_graft_all(struct mshare_window *win)
 
 	if (READ_ONCE(win->frozen))
 		return;
-	mmap_read_lock(mm);
+	if (mmap_read_lock_killable(mm))
+		return;
 	missing = graft_pass(win, false);
 	mmap_read_unlock(mm);
-	if (!missing)
-		return;
 	/* for write: a fault that puts a huge page there meanwhile must be kept out */
-	mmap_write_lock(mm);
+	if (!missing || mmap_write_lock_killable(mm))
+		return;
 	graft_pass(win, true);
 	mmap_write_unlock(mm);
 }

@@ -11,7 +11,7 @@
  *
  * Locks: region->layout throughout; guests' mmap_locks one at a time and never
  * while the host's is held. A killed caller stops waiting for a guest and undoes
- * the freeze.
+ * the freeze. So does one that has to wait long, and starts over when it has not.
  */
 #include <linux/file.h>
 #include <linux/fs.h>
@@ -22,6 +22,8 @@
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
+
+#define PATIENCE	(HZ / 2)
 
 /* A window that this pass has not seen, with a reference; NULL at the end. */
 static struct mshare_window *next_window(struct mshare_region *r)
@@ -64,10 +66,9 @@ static void drain(struct mshare_guest *guest, struct mshare_region *r)
 	}
 }
 
-static void thaw(struct mshare_region *r)
+static void release(struct mshare_region *r)
 {
 	struct mshare_window *win;
-	int err = 0;
 
 	spin_lock(&r->lock);
 	r->frozen = false;
@@ -76,6 +77,23 @@ static void thaw(struct mshare_region *r)
 		WRITE_ONCE(win->frozen, false);
 	spin_unlock(&r->lock);
 	wake_up_all(&r->thaw);
+}
+
+/*
+ * One guest's lock is not to be had, for as long as its user likes. The others
+ * need not wait for it: let them go, and begin anew when it is.
+ */
+void mshare_lose_patience(struct work_struct *work)
+{
+	release(container_of(to_delayed_work(work), struct mshare_region, patience));
+}
+
+static void thaw(struct mshare_region *r)
+{
+	struct mshare_window *win;
+	int err = 0;
+
+	release(r);
 	/* when killed, the first fault of each slot does the rest */
 	while (!err && (win = next_window(r))) {
 		err = mmap_read_lock_killable(mshare_mm(win));
@@ -93,14 +111,18 @@ static int freeze(struct mshare_region *r)
 	struct mshare_window *win;
 	int err;
 
+again:
 	spin_lock(&r->lock);
 	r->frozen = true;
 	r->pass++;
 	spin_unlock(&r->lock);
 	while ((win = next_window(r))) {
+		schedule_delayed_work(&r->patience, PATIENCE);
 		err = mmap_write_lock_killable(mshare_mm(win));
+		/* from here on nobody but this thread changes r->frozen */
+		cancel_delayed_work_sync(&r->patience);
 		if (!err) {
-			if (win->vma)
+			if (win->vma && r->frozen)
 				drain(win->guest, r);
 			mmap_write_unlock(mshare_mm(win));
 		}
@@ -109,6 +131,8 @@ static int freeze(struct mshare_region *r)
 			thaw(r);
 			return err;
 		}
+		if (!r->frozen)
+			goto again;
 	}
 	mshare_flush_all();
 	return 0;

@@ -22,6 +22,7 @@
 #include <linux/mutex.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
+#include <linux/workqueue.h>
 #include "mshare_uapi.h"
 
 #define SLOT_SHIFT	PUD_SHIFT
@@ -56,10 +57,12 @@ struct mshare_region {
 	bool frozen;
 	unsigned int pass;		/* number of the current walk over windows */
 	wait_queue_head_t thaw;
+	struct delayed_work patience;	/* ends a freeze that waits for a guest */
 	bool write_notify;		/* some writable content starts write-protected */
 	atomic_t nr_windows;
 	atomic64_t locked;		/* pages */
 	atomic64_t grafts, ungrafts, faults, flushes, changes;
+	u64 resident;			/* bytes when they were last counted */
 	struct list_head all;		/* every region, under mshare_regions_lock */
 	struct super_block *sb;
 };
@@ -132,7 +135,7 @@ void mshare_region_exit(void);
 struct mshare_region *mshare_region_new(struct super_block *sb);
 int mshare_region_set_size(struct mshare_region *r, loff_t size);
 void mshare_region_free(struct mshare_region *r);
-u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end);
+u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end);
 u64 mshare_sb_resident(struct super_block *sb);
 int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned long size,
 		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len));
@@ -143,6 +146,7 @@ int mshare_host_run(struct mshare_region *r, int (*fn)(struct mshare_region *r, 
 int mshare_layout(struct mshare_region *r, unsigned int op,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size);
 void mshare_settle(struct mshare_region *r, bool done);
+void mshare_lose_patience(struct work_struct *work);
 int mshare_layout_map(struct mshare_region *r, struct file *file,
 		      const struct mshare_create *req);
 int mshare_layout_unmap(struct mshare_region *r, const struct mshare_unmap *req);
