@@ -58,7 +58,8 @@ static void drain(struct mshare_guest *guest, struct mshare_region *r)
 		}
 		spin_lock(&guest->lock);
 		win->frozen = true;
-		mshare_ungraft(win, win->start, win->end, false);
+		if (!mshare_planted(FREED_TABLE))
+			mshare_ungraft(win, win->start, win->end, false);
 		spin_unlock(&guest->lock);
 	}
 }
@@ -97,7 +98,11 @@ static int freeze(struct mshare_region *r)
 	r->pass++;
 	spin_unlock(&r->lock);
 	while ((win = next_window(r))) {
+		if (mshare_planted(LOCK_ORDER))
+			mmap_read_lock(r->mm);
 		err = mmap_write_lock_killable(mshare_mm(win));
+		if (mshare_planted(LOCK_ORDER))
+			mmap_read_unlock(r->mm);
 		if (!err) {
 			if (win->vma)
 				drain(win->guest, r);
@@ -109,7 +114,8 @@ static int freeze(struct mshare_region *r)
 			return err;
 		}
 	}
-	mshare_flush_all();
+	if (!mshare_planted(NO_FREEZE_FLUSH))
+		mshare_flush_all();
 	return 0;
 }
 

@@ -23,6 +23,7 @@
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include "mshare_uapi.h"
+#include "plant.h"
 
 #define SLOT_SHIFT	PUD_SHIFT
 #define SLOT_SIZE	PUD_SIZE
