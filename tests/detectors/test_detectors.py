@@ -10,7 +10,7 @@ from mshare.lab import EXIT_REPORT
 from tests.detectors.plants import trigger
 
 #: The races that are looked for are few among all accesses: look at more of them.
-KCSAN = "kcsan.skip_watch=400"
+KCSAN = "kcsan.skip_watch=100"
 
 PLANTED = [
     ("FREED_TABLE", "BUG: KASAN: use-after-free in "),

@@ -18,11 +18,14 @@ from tests.kernel.abi import PAGE, SLOT
 SLOTS = 8
 SECONDS = 90.0
 DONTNEED = 4
+SWEPT = 64 << 20
 
 
 def layout_change() -> None:
     """Attach, touch every slot, take the content away, and have /proc walk the window."""
-    region = abi.make(f"{abi.MOUNT}/trigger", SLOTS * SLOT)
+    region = abi.make(f"{abi.MOUNT}/trigger", SLOTS * SLOT, fill=False)
+    for slot in range(SLOTS):
+        abi.create_mapping(region, slot * SLOT, PAGE)
     window = abi.mmap(region, SLOTS * SLOT)
     for slot in range(SLOTS):
         abi.put(window + slot * SLOT, b"x")
@@ -37,7 +40,7 @@ def faults_and_detaches() -> None:
     """One thread faults in a window, the other has it detached again and again."""
     region = abi.make(f"{abi.MOUNT}/trigger")
     window = abi.mmap(region)
-    abi.fill(window, 64 * PAGE)
+    abi.fill(window, SWEPT)
     end = time.monotonic() + SECONDS
     log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     os.lseek(log, 0, os.SEEK_END)
@@ -50,7 +53,7 @@ def faults_and_detaches() -> None:
     thread = threading.Thread(target=detach)
     thread.start()
     while time.monotonic() < end and not reported(log):
-        abi.touch(window, 1, PAGE, 64)
+        abi.touch(window, SWEPT)  # one call of C: the interpreter is the other thread's
     done = True
     thread.join()
     abi.munmap(window)

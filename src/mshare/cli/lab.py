@@ -96,8 +96,8 @@ def _explain(result: Result, options: Options) -> None:
     """On standard error, what went wrong apart from the command itself."""
     if races := kernels_races(result.log):
         say(
-            f"mshare lab: KCSAN saw {races.total()} races of the kernel with itself, "
-            f"of {len(races)} kinds, which do not count; the most frequent:"
+            "mshare lab: races of the kernel with itself, which do not count: "
+            f"KCSAN saw {races.total()}, of {len(races)} kinds"
         )
         for title, times in races.most_common(_RACES_SHOWN):
             say(f"{times:6} {title}")
