@@ -56,6 +56,8 @@ static void flush_cpu(void *unused)
  */
 void mshare_flush_guest(struct mm_struct *mm)
 {
+	if (mshare_planted(NO_GUEST_FLUSH))
+		return;
 	atomic64_inc_return(&mm->context.tlb_gen);
 	on_each_cpu_mask(mm_cpumask(mm), flush_cpu, NULL, true);
 }
@@ -78,6 +80,8 @@ int mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	struct mshare_slot *slot = &win->slot[i];
 	int err = 0;
 
+	if (mshare_planted(UNLOCKED) && slot->state == SLOT_HOST)
+		return 0;
 	spin_lock(&win->guest->lock);
 	if (win->guest->dead || win->closing || win->frozen || win->invalidating) {
 		err = -EAGAIN;
@@ -185,6 +189,8 @@ bool mshare_ungraft(struct mshare_window *win, unsigned long start, unsigned lon
 			slot->state = SLOT_BLANK;
 		}
 		spin_unlock(&mm->page_table_lock);
+		if (mshare_planted(SLEEP))
+			cond_resched();
 		changed = true;
 		if (!hosted)
 			continue;

@@ -61,7 +61,8 @@ static void drain(struct mshare_guest *guest, struct mshare_region *r)
 		}
 		spin_lock(&guest->lock);
 		win->frozen = true;
-		mshare_ungraft(win, win->start, win->end, false);
+		if (!mshare_planted(FREED_TABLE))
+			mshare_ungraft(win, win->start, win->end, false);
 		spin_unlock(&guest->lock);
 	}
 }
@@ -117,10 +118,14 @@ again:
 	r->pass++;
 	spin_unlock(&r->lock);
 	while ((win = next_window(r))) {
+		if (mshare_planted(LOCK_ORDER))
+			mmap_read_lock(r->mm);
 		schedule_delayed_work(&r->patience, PATIENCE);
 		err = mmap_write_lock_killable(mshare_mm(win));
 		/* from here on nobody but this thread changes r->frozen */
 		cancel_delayed_work_sync(&r->patience);
+		if (mshare_planted(LOCK_ORDER))
+			mmap_read_unlock(r->mm);
 		if (!err) {
 			if (win->vma && r->frozen)
 				drain(win->guest, r);
@@ -134,7 +139,8 @@ again:
 		if (!r->frozen)
 			goto again;
 	}
-	mshare_flush_all();
+	if (!mshare_planted(NO_FREEZE_FLUSH))
+		mshare_flush_all();
 	return 0;
 }
 

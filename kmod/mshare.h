@@ -24,6 +24,7 @@
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 #include "mshare_uapi.h"
+#include "plant.h"
 
 #define SLOT_SHIFT	PUD_SHIFT
 #define SLOT_SIZE	PUD_SIZE
