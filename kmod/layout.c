@@ -16,7 +16,9 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/falloc.h>
+#include <linux/kthread.h>
 #include <linux/mman.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include "compat.h"
 #include "mshare.h"
@@ -123,7 +125,7 @@ int mshare_layout(struct mshare_region *r, unsigned int op,
 		return err;
 	err = freeze(r);
 	if (!err) {
-		err = mshare_host_run(r, fn, arg);
+		err = mshare_host_run(r, r->mm, fn, arg);
 		atomic64_inc(&r->changes);
 		thaw(r);
 	}
@@ -154,36 +156,45 @@ struct map_args {
 	bool write_notify;
 };
 
-static unsigned long map_at(struct map_args *args, unsigned long addr, unsigned long prot)
+static int map_at(struct map_args *args, unsigned long view, unsigned long prot)
 {
 	unsigned long flags = MAP_SHARED | MAP_FIXED | (args->req->flags & MAP_NORESERVE);
+	unsigned long addr = vm_mmap(args->file, view + args->req->region_offset, args->req->size,
+				     prot, flags, args->offset);
 
-	addr = vm_mmap(args->file, addr + args->req->region_offset, args->req->size, prot, flags,
-		       args->offset);
 	return IS_ERR_VALUE(addr) ? addr : 0;
 }
 
-/* Try the mapping where it does no harm, and look at what the file system made of it. */
+/*
+ * Try the mapping in an mm that goes at once, whatever comes of it, and look at
+ * what the file system made of it.
+ */
 static int try_map(struct mshare_region *r, void *data)
 {
 	struct map_args *args = data;
+	struct mm_struct *mm = mshare_host_mm();
 	struct vm_area_struct *vma;
-	int err = map_at(args, MSHARE_STAGE, args->req->prot);
+	int err;
 
-	if (err)
-		return err;
-	mmap_read_lock(r->mm);
-	vma = find_vma(r->mm, MSHARE_STAGE + args->req->region_offset);
-	/* overlayfs has put the file below in place of its own */
-	if (!vma->vm_ops || !vma->vm_ops->fault || !(vma->vm_flags & VM_MAYSHARE) ||
-	    vma->vm_flags & (VM_IO | VM_PFNMAP | VM_MIXEDMAP | VM_HUGETLB) ||
-	    !mshare_file_fits(vma->vm_file, false))
-		err = -EOPNOTSUPP;
-	else
-		args->write_notify = !(vma->vm_flags & VM_WRITE) || vma->vm_ops->page_mkwrite ||
-				     vma->vm_ops->pfn_mkwrite;
-	mmap_read_unlock(r->mm);
-	vm_munmap(MSHARE_STAGE + args->req->region_offset, args->req->size);
+	if (!mm)
+		return -ENOMEM;
+	kthread_use_mm(mm);
+	err = map_at(args, MSHARE_RW, args->req->prot);
+	if (!err) {
+		mmap_read_lock(mm);
+		vma = find_vma(mm, MSHARE_RW);
+		/* overlayfs has put the file below in place of its own */
+		if (!vma->vm_ops || !vma->vm_ops->fault || !(vma->vm_flags & VM_MAYSHARE) ||
+		    vma->vm_flags & (VM_IO | VM_PFNMAP | VM_MIXEDMAP | VM_HUGETLB) ||
+		    !mshare_file_fits(vma->vm_file, false))
+			err = -EOPNOTSUPP;
+		else
+			args->write_notify = !(vma->vm_flags & VM_WRITE) ||
+					     vma->vm_ops->page_mkwrite || vma->vm_ops->pfn_mkwrite;
+		mmap_read_unlock(mm);
+	}
+	kthread_unuse_mm(mm);
+	mmput(mm);
 	return err;
 }
 
@@ -198,20 +209,42 @@ static int free_piece(struct mshare_region *r, struct file *file, loff_t pos, lo
 	return vfs_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pos, len);
 }
 
+/* What has begun is finished: it is charged to nobody, so no limit is in its way. */
+static int finish_unmap(unsigned long addr, unsigned long size)
+{
+	struct mem_cgroup *old = set_active_memcg(NULL);
+	int err = vm_munmap(addr, size);
+
+	set_active_memcg(old);
+	return err;
+}
+
+/*
+ * The kernel replaces a range as a whole, leaves it as it was, or leaves a hole.
+ * The writable view goes first; the read-only one then still knows what was there.
+ */
 static int do_map(struct mshare_region *r, void *data)
 {
 	struct map_args *args = data;
+	unsigned long rw = MSHARE_RW + args->req->region_offset;
+	unsigned long ro = MSHARE_RO + args->req->region_offset;
+	unsigned long size = args->req->size;
+	bool kept;
 	int err;
 
 	mshare_settle(r, false);
-	mshare_each_file(r, args->req->region_offset, args->req->size, free_piece);
 	err = map_at(args, MSHARE_RW, args->req->prot);
-	if (!err)
-		err = map_at(args, MSHARE_RO, PROT_READ);
-	if (err) {
-		/* both views or none */
-		vm_munmap(MSHARE_RW + args->req->region_offset, args->req->size);
-		vm_munmap(MSHARE_RO + args->req->region_offset, args->req->size);
+	mmap_read_lock(r->mm);
+	kept = err && find_vma_intersection(r->mm, rw, rw + size);
+	mmap_read_unlock(r->mm);
+	if (!kept) {
+		mshare_each_file(r, ro, size, free_piece);
+		err = err ?: map_at(args, MSHARE_RO, PROT_READ);
+		if (err) {
+			/* both views or none */
+			finish_unmap(rw, size);
+			finish_unmap(ro, size);
+		}
 	}
 	mshare_settle(r, true);
 	return err;
@@ -231,11 +264,7 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 		if (IS_ERR(args.file))
 			return PTR_ERR(args.file);
 	}
-	err = mutex_lock_killable(&r->layout);
-	if (!err) {
-		err = mshare_host_run(r, try_map, &args);
-		mutex_unlock(&r->layout);
-	}
+	err = mshare_host_run(r, NULL, try_map, &args);
 	if (!err) {
 		if (args.write_notify)
 			WRITE_ONCE(r->write_notify, true);
@@ -255,8 +284,8 @@ static int do_unmap(struct mshare_region *r, void *data)
 	mshare_settle(r, false);
 	err = vm_munmap(MSHARE_RO + req->region_offset, req->size);
 	if (!err) {
-		mshare_each_file(r, req->region_offset, req->size, free_piece);
-		err = vm_munmap(MSHARE_RW + req->region_offset, req->size);
+		mshare_each_file(r, MSHARE_RW + req->region_offset, req->size, free_piece);
+		err = finish_unmap(MSHARE_RW + req->region_offset, req->size);
 	}
 	mshare_settle(r, true);
 	return err;
