@@ -11,6 +11,7 @@
  */
 #include <linux/file.h>
 #include <linux/mman.h>
+#include <linux/sched/mm.h>
 #include <linux/swap.h>
 #include <linux/swapops.h>
 #include "compat.h"
@@ -126,6 +127,7 @@ static int do_protect(struct mshare_region *r, void *data)
 	const struct mshare_protect *req = data;
 	unsigned long addr = MSHARE_RW + req->region_offset;
 	unsigned long end = addr + req->size;
+	struct mem_cgroup *memcg;
 	struct piece p;
 	int err = 0;
 
@@ -136,8 +138,12 @@ static int do_protect(struct mshare_region *r, void *data)
 			break;
 		if (err == -EAGAIN) {
 			err = remap(&p, req->prot);
-			if (err)
+			if (err) {
+				/* charged to nobody: no limit is in the way back */
+				memcg = set_active_memcg(NULL);
 				remap(&p, p.prot);
+				set_active_memcg(memcg);
+			}
 		}
 		fput(p.file);
 		addr = p.addr + p.len;

@@ -7,9 +7,9 @@
  * and the host mm goes the way of any mm, together with all tables below the
  * grafted entries.
  *
- * Locks: mshare_regions_lock guards the list of all regions. What needs the host
- * mm as current->mm runs on a kernel worker, one at a time per region, under
- * region->layout or the inode lock that covers the setting of the size.
+ * Locks: mshare_regions_lock guards the list of all regions. What changes the
+ * host mm, or makes it, runs on a kernel worker, under region->layout or the inode
+ * lock that covers the setting of the size.
  */
 #include <linux/cred.h>
 #include <linux/file.h>
@@ -47,6 +47,7 @@ void mshare_region_exit(void)
 struct host_work {
 	struct work_struct work;
 	struct mshare_region *r;
+	struct mm_struct *mm;
 	struct mem_cgroup *memcg;
 	const struct cred *cred;
 	int (*fn)(struct mshare_region *r, void *arg);
@@ -59,25 +60,26 @@ static void host_worker(struct work_struct *work)
 	struct host_work *hw = container_of(work, struct host_work, work);
 	struct mem_cgroup *old = set_active_memcg(hw->memcg);
 	const struct cred *own = override_creds(hw->cred);
-	struct mm_struct *mm = hw->r->mm;
 
-	if (mm)
-		kthread_use_mm(mm);
+	if (hw->mm)
+		kthread_use_mm(hw->mm);
 	hw->err = hw->fn(hw->r, hw->arg);
-	if (mm)
-		kthread_unuse_mm(mm);
+	if (hw->mm)
+		kthread_unuse_mm(hw->mm);
 	revert_creds(own);
 	set_active_memcg(old);
 }
 
 /*
- * Run fn on a kernel worker with the host mm as its own. The caller's group pays,
+ * Run fn on a kernel worker with mm, or none, as its own. The caller's group pays,
  * and security modules are asked whether the caller may.
  */
-int mshare_host_run(struct mshare_region *r, int (*fn)(struct mshare_region *r, void *arg),
-		    void *arg)
+int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
+		    int (*fn)(struct mshare_region *r, void *arg), void *arg)
 {
-	struct host_work hw = { .r = r, .cred = current_cred(), .fn = fn, .arg = arg };
+	struct host_work hw = {
+		.r = r, .mm = mm, .cred = current_cred(), .fn = fn, .arg = arg,
+	};
 
 	hw.memcg = get_mem_cgroup_from_mm(current->mm);
 	INIT_WORK_ONSTACK(&hw.work, host_worker);
@@ -105,14 +107,13 @@ static int make_blank(struct mshare_region *r, struct mm_struct *mm, struct file
 	return err;
 }
 
-/* The worker has no mm of its own to inherit from, and no signals. */
-static int make_host(struct mshare_region *r, void *file)
+/* On a worker: it has no mm of its own to inherit from, and no signals. */
+struct mm_struct *mshare_host_mm(void)
 {
 	struct mm_struct *mm = mshare_mm_alloc();
-	int err;
 
 	if (!mm)
-		return -ENOMEM;
+		return NULL;
 	lockdep_set_class(&mm->mmap_lock, &mshare_host_lock_class);
 #ifdef CONFIG_MEMCG
 	mm->owner = NULL;	/* this worker, which will be gone */
@@ -121,7 +122,16 @@ static int make_host(struct mshare_region *r, void *file)
 	mm->mmap_base = MSHARE_RW;
 	mshare_init_search(mm);
 	mshare_forbid_scan(mm);
+	return mm;
+}
 
+static int make_host(struct mshare_region *r, void *file)
+{
+	struct mm_struct *mm = mshare_host_mm();
+	int err;
+
+	if (!mm)
+		return -ENOMEM;
 	kthread_use_mm(mm);
 	err = make_blank(r, mm, file);
 	kthread_unuse_mm(mm);
@@ -152,7 +162,7 @@ int mshare_region_set_size(struct mshare_region *r, loff_t size)
 	file = mshare_shmem_file(r, PAGE_SIZE, VM_NORESERVE);
 	if (IS_ERR(file))
 		return PTR_ERR(file);
-	err = mshare_host_run(r, make_host, file);
+	err = mshare_host_run(r, NULL, make_host, file);
 	fput(file);
 	if (!err)
 		smp_store_release(&r->size, size);	/* after mm */
@@ -215,8 +225,9 @@ u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 
 			mapping = vma->vm_file->f_mapping;
 			total += vma_pages(vma);
 			if (mshare_shmem_owned(r, vma->vm_file)) {
+				/* must not fail: what is not counted would seem to be gone */
 				if (!xa_insert(&seen, mapping->host->i_ino, xa_mk_value(1),
-					       GFP_KERNEL))
+					       GFP_KERNEL | __GFP_NOFAIL))
 					pages += mapping->nrpages;
 				continue;
 			}
@@ -242,13 +253,13 @@ u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 
 }
 
 /*
- * Call fn for each file in a range of the writable view, with a reference and
- * without the host's lock. The first error is returned, and does not end the walk.
+ * Call fn for each file in a range of the host mm, with a reference and without
+ * the host's lock. The first error is returned, and does not end the walk.
  */
-int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned long size,
+int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long size,
 		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len))
 {
-	unsigned long addr = MSHARE_RW + offset, end = addr + size, from;
+	unsigned long end = addr + size, from;
 	struct vm_area_struct *vma;
 	struct file *file;
 	int err = 0, ret;
