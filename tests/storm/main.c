@@ -153,6 +153,18 @@ static void enter_cgroup(const char *folder)
 	close(fd);
 }
 
+/* For a test: one of everything that is read from outside. */
+static int sit(void)
+{
+	printf("%lu\n", self.ctl->workers);
+	strcpy(self.seat->action, "sit");
+	self.seat->step = 3;
+	self.seat->beats++;
+	count(POISON, 9);
+	finding("a test");
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	const char *role = argv[1], *argument = argv[5];
@@ -170,6 +182,8 @@ int main(int argc, char **argv)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	open_control(argv[2]);
 	catch_faults();
+	if (!strcmp(role, "sit"))
+		return sit();
 	if (!strcmp(role, "setup")) {
 		set_up();
 		return 0;

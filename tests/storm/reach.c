@@ -9,7 +9,7 @@
 #include <unistd.h>
 #include "storm.h"
 
-static __thread sigjmp_buf *landing;
+static __thread sigjmp_buf *volatile landing;	/* kept in order with volatile accesses */
 
 static void on_fault(int sig, siginfo_t *info, void *context)
 {
