@@ -219,7 +219,7 @@ bool own_page(const struct view *view, uint64_t *r, const struct area **area, un
 {
 	unsigned long workers = self.ctl->workers;
 
-	if (!view->now.writable || view->now.slot)
+	if (!view->now.writable || view->now.slot || self.index >= workers)
 		return false;
 	*area = &areas[draw(r, 3)];
 	*page = draw(r, (*area)->pages / workers) * workers + self.index;

@@ -211,13 +211,13 @@ void peer(uint64_t r, long unused)
 	struct seat *seat = &ctl->seat[draw(&r, ctl->workers)];
 	unsigned long page = draw(&r, OBJECT_PAGES);
 	uint32_t low[REGIONS], high[REGIONS];
-	uint64_t value;
+	uint64_t value, window = seat->window, beats = seat->beats;
 	struct iovec ours = { &value, sizeof(value) };
-	struct iovec theirs = { (char *)seat->window + page * PAGE, sizeof(value) };
+	struct iovec theirs = { (char *)window + page * PAGE, sizeof(value) };
 
 	for (unsigned int region = 0; region < REGIONS; region++)
 		low[region] = ctl->done[region][page];
-	if (!seat->window || process_vm_readv(seat->pid, &ours, 1, &theirs, 1, 0) != sizeof(value))
+	if (!window || process_vm_readv(seat->pid, &ours, 1, &theirs, 1, 0) != sizeof(value))
 		return;
 	count(CHECKS, 1);
 	for (unsigned int region = 0; region < REGIONS; region++) {
@@ -226,6 +226,9 @@ void peer(uint64_t r, long unused)
 		    generation(value) <= high[region])
 			return;
 	}
+	/* another window may be there by now */
+	if (seat->window != window || seat->beats != beats)
+		return;
 	finding("process %lu shows %lx in page %lu: done %u and %u, intent %u and %u", seat->pid,
 		value, page, low[0], low[1], high[0], high[1]);
 }

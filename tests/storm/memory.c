@@ -22,7 +22,7 @@ static char *part(const struct view *v, uint64_t *r, unsigned long *size)
 }
 
 /* What the ABI says each advice does; in cells a populate may meet a hole. */
-static bool allowed(long advice, const struct view *v, int error)
+static bool allowed(long advice, const struct view *v, bool whole, int error)
 {
 	switch (advice) {
 	case MADV_REMOVE:
@@ -30,6 +30,9 @@ static bool allowed(long advice, const struct view *v, int error)
 	case MADV_FREE:
 	case MADV_COLLAPSE:
 		return error == EINVAL;
+	case MADV_HUGEPAGE:
+		/* a flag of the mapping, which cannot be split */
+		return !error || (!whole && error == EINVAL);
 	case MADV_POPULATE_READ:
 		return !error || error == EFAULT || error == EHWPOISON;
 	case MADV_POPULATE_WRITE:
@@ -58,7 +61,7 @@ void advise(uint64_t r, long advice)
 		size = size < 4 * MIB ? size : 4 * MIB;
 	errno = 0;
 	madvise(at, size, advice);
-	if (!allowed(advice, &v, errno))
+	if (!allowed(advice, &v, size == v.now.slots * SLOT, errno))
 		finding("madvise %ld of %lx at %p: %s", advice, size, at, strerror(errno));
 	probe(r, INSTRUCTION);
 }
@@ -73,7 +76,7 @@ void lock(uint64_t r, long unused)
 	if (!some_view(&r, false, &v))
 		return;
 	at = part(&v, &r, &size);
-	if (mlock(at, size) && errno != ENOMEM && errno != EAGAIN)
+	if (mlock(at, size) && errno != ENOMEM && errno != EAGAIN && errno != EHWPOISON)
 		finding("mlock: %s", strerror(errno));
 	probe(r, INSTRUCTION);
 	munlock(at, size);

@@ -88,6 +88,9 @@ static void change(const struct view *v, const struct run *run, char op, uint64_
 	int fd = self.fd[run->region][1];
 	bool done;
 
+	if (!next.epoch)
+		next.epoch = self.seed & 0xfffffff;
+
 	if (op == 'm') {
 		done = map(run, r, &next);
 		if (done && !next.file)
@@ -141,7 +144,7 @@ void change_layout(unsigned int region, const char *ops)
 		run.size = run.n * CELL_SIZE;
 		run.cells = &self.ctl->cell[region][run.first];
 		for (unsigned int n = 0; n < run.n; n++)
-			run.cells[n].seq++;
+			run.cells[n].seq |= 1;
 		change(&v, &run, op, &r);
 		for (unsigned int n = 0; n < run.n; n++)
 			run.cells[n].seq++;
@@ -164,7 +167,7 @@ void cut_files(void)
 		unsigned int n = draw(&r, 2);
 		unsigned long pages = draw(&r, 1025);
 
-		self.ctl->cut[n].seq++;
+		self.ctl->cut[n].seq |= 1;
 		if (ftruncate(fd[n], pages * PAGE))
 			finding("ftruncate: %s", strerror(errno));
 		self.ctl->cut[n].pages = pages;

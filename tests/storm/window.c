@@ -55,6 +55,25 @@ bool some_view(uint64_t *r, bool writable, struct view *view)
 	return false;
 }
 
+/*
+ * The other thread stores only while it holds this, and a window changes only while it does not:
+ * what is attached next at the address is not to get the store.
+ */
+static pthread_mutex_t storing = PTHREAD_MUTEX_INITIALIZER;
+
+static void begin(struct window *w)
+{
+	pthread_mutex_lock(&storing);
+	w->seq++;
+	self.seat->window = 0;
+}
+
+static void end(struct window *w)
+{
+	w->seq++;
+	pthread_mutex_unlock(&storing);
+}
+
 /* For others, who may come too late. */
 static void publish(void)
 {
@@ -70,7 +89,7 @@ static void attach_as(struct window *w, uint64_t *r, unsigned int region)
 {
 	char *at = draw(r, 4) ? spot(w - self.window, draw(r, 2)) : NULL;
 
-	w->seq++;
+	begin(w);
 	w->region = region;
 	w->writable = draw(r, 3);
 	w->slot = draw(r, 3) == 0;
@@ -82,7 +101,7 @@ static void attach_as(struct window *w, uint64_t *r, unsigned int region)
 		w->at = NULL;
 		finding("attach: %s", strerror(errno));
 	}
-	w->seq++;
+	end(w);
 	count(ATTACHES, 1);
 }
 
@@ -90,13 +109,13 @@ static void drop(struct window *w)
 {
 	char *at = w->at;
 
-	w->seq++;
+	begin(w);
 	w->at = NULL;
 	if (munmap(at, w->slots * SLOT))
 		finding("munmap: %s", strerror(errno));
 	if (at >= self.arena && at < self.arena + ARENA)
 		cover(at, w->slots * SLOT);
-	w->seq++;
+	end(w);
 }
 
 void attach(uint64_t r, long unused)
@@ -140,13 +159,13 @@ void move(uint64_t r, long unused)
 
 	if (!from)
 		return;
-	w->seq++;
+	begin(w);
 	w->at = mremap(from, w->slots * SLOT, w->slots * SLOT, MREMAP_MAYMOVE | MREMAP_FIXED, to);
 	if (w->at != to)
 		finding("mremap: %s", strerror(errno));
 	if (from >= self.arena && from < self.arena + ARENA)
 		cover(from, w->slots * SLOT);
-	w->seq++;
+	end(w);
 	publish();
 	count(MOVES, 1);
 	probe(r, INSTRUCTION);
@@ -227,10 +246,12 @@ static void *looker(void *unused)
 		bool valid = view_of(number, &v);
 
 		if (valid && v.now.at) {
-			if (draw(&r, 4))
-				check_load(&v, place(&v, &r), &methods[draw(&r, 2)]);
-			else
-				check_store(&v, place(&v, &r), &methods[INSTRUCTION]);
+			check_load(&v, place(&v, &r), &methods[draw(&r, 2)]);
+			if (!pthread_mutex_trylock(&storing)) {
+				if (view_of(number, &v) && v.now.at)
+					check_store(&v, place(&v, &r), &methods[INSTRUCTION]);
+				pthread_mutex_unlock(&storing);
+			}
 		} else if (valid) {
 			int sig = try_load(spot(number, draw(&r, 2)) + draw(&r, 16) * PAGE, &value);
 
