@@ -137,6 +137,7 @@ void change_layout(unsigned int region, const char *ops)
 
 	for (uint64_t turn = 0; !stopping(); turn++) {
 		struct run run = { .region = region, .n = turn ? 1 + draw(&r, 16) : CELLS };
+		uint64_t start = microseconds();
 		char op = turn ? ops[draw(&r, strlen(ops))] : 'm';
 
 		run.first = draw(&r, CELLS - run.n + 1);
@@ -151,7 +152,8 @@ void change_layout(unsigned int region, const char *ops)
 		if (op == 'p' && !run.cells->writable)
 			stays(&v, &run, &r);
 		self.seat->beats++;
-		usleep(draw(&r, 4) ? draw(&r, 5000) : draw(&r, 100000));
+		/* the others are to get on, too */
+		usleep(draw(&r, 4 * (microseconds() - start) + 1000));
 	}
 }
 

@@ -7,7 +7,16 @@
  * done[page]. So whoever reads done, then the page, then intent, must find done <= page <= intent:
  * less is a lost store or a stale translation, more or another id is foreign content.
  */
+#include <time.h>
 #include "storm.h"
+
+uint64_t microseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
 
 uint64_t mix(uint64_t x)
 {

@@ -111,6 +111,7 @@ struct method {
 };
 
 #define ANY_SIGNAL 255	/* a system call does not say which */
+#define TOO_LATE 254	/* a layout change took so long that the kernel gave up waiting for it */
 
 extern const struct method methods[];
 enum { INSTRUCTION, PROCESS_VM, PROC_MEM, PIPE };
@@ -122,6 +123,7 @@ void count(int which, uint64_t number);
 bool stopping(void);
 
 /* stamp.c */
+uint64_t microseconds(void);
 uint64_t mix(uint64_t x);
 uint64_t draw(uint64_t *state, uint64_t below);
 uint64_t stamp(unsigned int id, unsigned long page, uint64_t generation);

@@ -210,7 +210,7 @@ void spin(uint64_t r, long unused)
 	for (unsigned int n = 0; n < 4; n++)
 		if (!own_page(&v, &r, &area[n], &page[n]))
 			return;
-	for (unsigned long turn = draw(&r, 1UL << draw(&r, 14)); turn && !stopping(); turn--)
+	for (unsigned long turn = draw(&r, 1UL << draw(&r, 17)); turn && !stopping(); turn--)
 		advance(&v, area[turn % 4], page[turn % 4], &methods[INSTRUCTION]);
 	for (unsigned int n = 0; n < 4; n++)
 		check_load(&v, area[n]->offset + page[n] * PAGE, &methods[INSTRUCTION]);
