@@ -17,7 +17,7 @@
 #include <linux/userfaultfd_k.h>
 #include <linux/version.h>
 
-#define MSHARE_SINCE(major, minor) (LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
+#define MSHARE_SINCE(major, minor) (KERNEL_VERSION(major, minor, 0) <= LINUX_VERSION_CODE)
 
 /* 6.12: whether every table page has its own lock is a configuration symbol */
 #if MSHARE_SINCE(6, 12)
@@ -37,11 +37,15 @@
 #endif
 
 /* 6.3, 6.6: generic_fillattr() takes an idmapping, then the request mask too */
+static inline void mshare_fillattr(struct mshare_idmap *idmap, u32 mask, struct inode *inode,
+				   struct kstat *stat)
+{
 #if MSHARE_SINCE(6, 6)
-#define mshare_fillattr(idmap, mask, inode, stat) generic_fillattr(idmap, mask, inode, stat)
+	generic_fillattr(idmap, mask, inode, stat);
 #else
-#define mshare_fillattr(idmap, mask, inode, stat) generic_fillattr(idmap, inode, stat)
+	generic_fillattr(idmap, inode, stat);
 #endif
+}
 
 /* 6.7: inode times are reached through helpers only */
 static inline void mshare_inode_times(struct inode *inode, bool fresh)

@@ -320,7 +320,7 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 
 	if (req->flags & MAP_ANONYMOUS) {
 		/* a huge page needs the file offset and the address in step */
-		args.offset = req->region_offset & (HPAGE_PMD_SIZE - 1);
+		args.offset = req->region_offset & ~PMD_MASK;
 		args.file = mshare_shmem_file(r, req->size + args.offset,
 					      req->flags & MAP_NORESERVE ? VM_NORESERVE : 0);
 		if (IS_ERR(args.file))
