@@ -56,6 +56,8 @@ static void flush_cpu(void *unused)
  */
 void mshare_flush_guest(struct mm_struct *mm)
 {
+	if (mshare_planted(NO_GUEST_FLUSH))
+		return;
 	atomic64_inc_return(&mm->context.tlb_gen);
 	on_each_cpu_mask(mm_cpumask(mm), flush_cpu, NULL, true);
 }
@@ -78,6 +80,8 @@ int mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	struct mshare_slot *slot = &win->slot[i];
 	int err = 0;
 
+	if (mshare_planted(UNLOCKED) && slot->state == SLOT_HOST)
+		return 0;
 	spin_lock(&win->guest->lock);
 	if (win->guest->dead || win->closing || win->frozen || win->invalidating) {
 		err = -EAGAIN;
@@ -130,8 +134,8 @@ static bool graft_pass(struct mshare_window *win, bool make)
 }
 
 /*
- * Graft every slot that has content. What fails, for want of memory or because
- * of a notifier range that is open, is left to the first fault.
+ * Graft every slot that has content. What fails, for want of memory, because of
+ * a notifier range that is open or of a kill, is left to the first fault.
  * Caller holds the guest's mmap_lock.
  */
 void mshare_graft_all(struct mshare_window *win)
@@ -141,13 +145,13 @@ void mshare_graft_all(struct mshare_window *win)
 
 	if (READ_ONCE(win->frozen))
 		return;
-	mmap_read_lock(mm);
+	if (mmap_read_lock_killable(mm))
+		return;
 	missing = graft_pass(win, false);
 	mmap_read_unlock(mm);
-	if (!missing)
-		return;
 	/* for write: a fault that puts a huge page there meanwhile must be kept out */
-	mmap_write_lock(mm);
+	if (!missing || mmap_write_lock_killable(mm))
+		return;
 	graft_pass(win, true);
 	mmap_write_unlock(mm);
 }
@@ -185,6 +189,8 @@ bool mshare_ungraft(struct mshare_window *win, unsigned long start, unsigned lon
 			slot->state = SLOT_BLANK;
 		}
 		spin_unlock(&mm->page_table_lock);
+		if (mshare_planted(SLEEP))
+			cond_resched();
 		changed = true;
 		if (!hosted)
 			continue;

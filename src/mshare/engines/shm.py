@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from mshare import mapping, memory
 from mshare.engines.base import Check, Engine, Stat, exists
-from mshare.errors import invalid, unsupported
+from mshare.errors import RUN_OUT, invalid, unsupported
 from mshare.sizes import PAGE_SIZE, human
 
 HUGE_SETTING = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -98,8 +98,9 @@ class Shm(Engine):
         return super()._open_missing(name, readonly=readonly)
 
     def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+        setting = _huge_setting()
         placed = super().place(fd, size, readonly=readonly, address=address)
-        if _huge_setting() not in ("never", "deny", ""):
+        if setting not in ("never", "deny", ""):
             with suppress(OSError):
                 mapping.madvise(placed, size, mapping.MADV_HUGEPAGE)
         return placed
@@ -157,9 +158,18 @@ def _path_of(file: str | int) -> str:
 
 @functools.cache
 def _huge_setting() -> str:
-    """The kernel's setting for huge pages in shared memory, as this process first saw it."""
-    with suppress(OSError, IndexError), open(HUGE_SETTING) as file:
-        return file.read().split("[")[1].split("]")[0]
+    """The kernel's setting for huge pages in shared memory, as this process first saw it.
+
+    :raises OSError: no descriptor or memory to look at it.
+    """
+    try:
+        with open(HUGE_SETTING) as file:
+            return file.read().split("[")[1].split("]")[0]
+    except OSError as error:
+        if error.errno in RUN_OUT:
+            raise
+    except IndexError:
+        pass
     return ""
 
 
