@@ -22,6 +22,13 @@
 #include "mshare.h"
 #include "trace.h"
 
+/* region->lock held. Those of this pass are at the end of the list. */
+static void mark(struct mshare_window *win)
+{
+	win->pass = win->region->pass;
+	list_move_tail(&win->of_region, &win->region->windows);
+}
+
 /* A window that this pass has not seen, with a reference; NULL at the end. */
 static struct mshare_window *next_window(struct mshare_region *r)
 {
@@ -30,8 +37,7 @@ static struct mshare_window *next_window(struct mshare_region *r)
 	spin_lock(&r->lock);
 	win = list_first_entry_or_null(&r->windows, struct mshare_window, of_region);
 	if (win && win->pass != r->pass) {
-		win->pass = r->pass;
-		list_move_tail(&win->of_region, &r->windows);
+		mark(win);
 		mshare_window_get(win);
 	} else {
 		win = NULL;
@@ -41,8 +47,8 @@ static struct mshare_window *next_window(struct mshare_region *r)
 }
 
 /*
- * All of the guest's windows onto the region in one hold of its mmap_lock: a
- * fault that waits in one must not keep us from another.
+ * All of the guest's windows onto the region in one hold of its mmap_lock, which
+ * this pass then never asks for again: a fault that waits may keep it.
  */
 static void drain(struct mshare_guest *guest, struct mshare_region *r)
 {
@@ -60,6 +66,9 @@ static void drain(struct mshare_guest *guest, struct mshare_region *r)
 		win->frozen = true;
 		mshare_ungraft(win, win->start, win->end, false);
 		spin_unlock(&guest->lock);
+		spin_lock(&r->lock);
+		mark(win);
+		spin_unlock(&r->lock);
 	}
 }
 

@@ -411,3 +411,41 @@ def test_two_regions_changed_at_once(region: int, window: int, path: str) -> Non
         for_a_while(layout(region, "unmap"))
     os.close(other)
     os.unlink(f"{path}-2")
+
+
+def test_two_windows_of_one_process(region: int, window: int) -> None:
+    """Reads of /proc/PID/mem keep the lock of a process while they wait for a layout change.
+
+    The process has the region twice: the change must not ask for that lock a second time.
+    """
+    places = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS)).cast("Q")
+
+    def stay() -> None:
+        places[1] = abi.mmap(region, SLOT, READ)
+        places[0] = abi.mmap(region)
+        abi.forever()
+
+    child = abi.Child(stay)
+    while not places[0]:
+        time.sleep(0.01)
+
+    def look(place: int) -> Callable[[], None]:
+        def once() -> None:
+            with open(f"/proc/{child.pid}/mem", "rb", buffering=0) as memory:
+                memory.seek(places[place] + 7 * PAGE)
+                assert memory.read(PAGE) == page(7)
+
+        return once
+
+    longest = 0.0
+
+    def change() -> None:
+        nonlocal longest
+        start = time.monotonic()
+        layout(region, "map")()
+        longest = max(longest, time.monotonic() - start)
+
+    with meanwhile(look(0), look(1)):
+        for_a_while(change)
+    assert longest < 5
+    child.kill()
