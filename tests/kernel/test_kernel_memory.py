@@ -117,7 +117,7 @@ def test_it_is_charged(path: str, maker: Callable[[str, int], None]) -> None:
             os.rmdir(path)
 
 
-@pytest.mark.parametrize("maker", [regions, folders, pieces], ids=lambda maker: maker.__name__)
+@pytest.mark.parametrize("maker", [regions, folders], ids=lambda maker: maker.__name__)
 def test_it_is_limited(path: str, maker: Callable[[str, int], None]) -> None:
     """A group at its limit gets an error or is killed; the machine has lost no more."""
     os.mkdir(path)
