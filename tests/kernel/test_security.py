@@ -346,9 +346,8 @@ def test_worker_has_the_rights_of_the_caller(path: str) -> None:
     events = Path("/sys/kernel/tracing")
     if not (events / "kprobe_events").exists():
         mount("tracefs", str(events))
-    # struct cred: the count in front of the user has grown from 4 to 8 bytes
-    at = 4 if os.uname().release.startswith("6.1.") else 8
-    (events / "kprobe_events").write_text(f"p:mshare_test override_creds user=+{at}(%di):u32")
+    # struct cred: the user comes after the count, which has 8 bytes
+    (events / "kprobe_events").write_text("p:mshare_test override_creds user=+8(%di):u32")
     switch = events / "events/kprobes/mshare_test/enable"
     (events / "trace").write_text("")
     try:
