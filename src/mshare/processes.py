@@ -133,7 +133,7 @@ def _occupied(pagemap: int, mapping: Shared, pid: int, huge: int, samples: int) 
     import numpy as np
 
     first, last = mapping.start // HUGE_PAGE, -(-mapping.end // HUGE_PAGE)
-    if last - first <= samples:
+    if mapping.size <= samples * HUGE_PAGE:
         own = common = _pages(pagemap, mapping, list(range(first, last)))
     else:
         part = mapping.offset, mapping.size
