@@ -12,7 +12,7 @@ from mshare import advice, cost, processes, watch
 from mshare.cli import main
 from mshare.engines.msharefs import info
 from mshare.engines.shm import _huge_setting
-from mshare.sizes import PAGE_SIZE
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE
 from tests.measured import measured
 
 SIZE = 128 << 20
@@ -45,7 +45,7 @@ def test_huge_pages_need_no_pte_pages(name: str) -> None:
     _huge_setting.cache_clear()
     try:
         mshare.create(name, SIZE, engine="shm").close()
-        planned = cost.plan(SIZE, 3, page_size=cost.HUGE_PAGE)[2]
+        planned = cost.plan(SIZE, 3, page_size=HUGE_PAGE)[2]
         assert planned.engine == "shm"
         with measured(name, "shm", "read", 3) as workers:
             for worker in workers:
