@@ -11,6 +11,7 @@ import mshare
 from mshare import cost, hugepages
 from mshare.cli import main
 from mshare.cost import PUD_COVERS, Cost
+from mshare.engines import Engine
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE
 from tests.conftest import SubPython
 from tests.measured import measured
