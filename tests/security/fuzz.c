@@ -45,7 +45,7 @@
 #define HUGE	(2UL << 20)
 #define SLOT	(1UL << 30)
 #define ARENA	(1UL << 45)	/* nothing else is below 1 << 46 */
-enum { SLOTS = 10, WORKERS = 4, THREADS = 2, BATCH = 250, FDS = 40, FIRST_FD = 20, SECONDS = 180 };
+enum { SLOTS = 10, WORKERS = 4, THREADS = 2, BATCH = 1000, FDS = 40, FIRST_FD = 20, SECONDS = 180 };
 enum { ERRNOS = 134, MAX_KINDS = 64 };
 
 static struct shared {
