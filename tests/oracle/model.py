@@ -5,13 +5,8 @@ its regions, a `Process` has the calls, and each either answers, raises ``OSErro
 it is refused with, or, for an access to memory, `Fault` with the signal. `machine.py` makes the
 same calls here and on a real kernel, and compares.
 
-The parts, from the inside out:
-
-`Content`   bytes that can be mapped: a file, or anonymous memory
-`Layout`    which content lies where in a region; what lies nowhere is a hole
-`Region`    a layout with a size, an owner and names
-`Window`    one mapping of a region in one process
-`Process`   descriptors, windows, and the calls
+`memory.py` has what a region and a window are, and what an access gives. Here are the calls, in
+the order of docs/abi.md, each with its refusals in the order in which they are found.
 
 What the ABI leaves open is not here: addresses the kernel chooses, counters of single faults,
 when content leaves memory. What is here is exact.
