@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import mshare
-from mshare import cost, hugepages
+from mshare import cost, engines, hugepages, processes
 from mshare.cli import main
 from mshare.cost import PUD_COVERS, Cost
 from mshare.engines import Engine
@@ -55,6 +57,43 @@ def test_hugetlb_costs_what_is_planned(hugetlb: Engine, name: str, how: str, mor
                 assert process.vmpte == planned.vmpte
                 assert 0 <= process.faults - planned.faults_further <= 2
         mshare.unlink(name)
+
+
+def test_huge_pages_need_no_pte_pages(
+    root: None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared memory of transparent huge pages costs what is planned, and is counted so."""
+    size = 64 * MIB
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "huge=always", "tmpfs", tmp_path], check=True)
+    try:
+        monkeypatch.setenv("MSHARE_SHM_DIR", str(tmp_path))
+        monkeypatch.setattr(engines.by_name("shm"), "chosen", str(tmp_path))
+        mshare.create(name, size, engine="shm").close()
+        planned = of("shm", size, 3, page=HUGE_PAGE)
+        with measured(name, "shm", "read", 3) as workers:
+            for worker in workers:
+                assert worker.vmpte == planned.vmpte == 2 * PAGE_SIZE
+                assert 0 <= worker.faults - planned.faults_first <= 2
+            users = [
+                (process.pid, mapping)
+                for process in processes.processes()
+                for mapping in readable(process.pid)
+                if name in mapping.path
+            ]
+            assert len(users) == 3
+            for pid, mapping in users:
+                (found,) = processes.occupied(pid, [mapping])
+                assert (found.tables, found.resident) == (PAGE_SIZE, size)
+        mshare.unlink(name)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def readable(pid: int) -> list[processes.Shared]:
+    """The shared mappings of a process; none of one that ended or that nobody may look at."""
+    with suppress(OSError):
+        return processes.shared_mappings(pid)
+    return []
 
 
 @pytest.mark.parametrize("advice", ["MADV_NOHUGEPAGE", "MADV_HUGEPAGE"])

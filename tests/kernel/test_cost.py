@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 import mshare
-from mshare import advice, cost, processes, watch
+from mshare import advice, cost, watch
 from mshare.cli import main
 from mshare.engines.msharefs import info
-from mshare.engines.shm import _huge_setting
-from mshare.sizes import HUGE_PAGE, PAGE_SIZE
+from mshare.sizes import PAGE_SIZE
 from tests.measured import measured
 
 SIZE = 128 << 20
@@ -35,35 +33,6 @@ def test_msharefs_costs_what_is_planned(name: str, how: str) -> None:
             assert 0 <= first.faults - expected <= 2
             assert [process.faults for process in others] == [planned.faults_further] * 2
             assert info(region.fileno()).pagetable_bytes == planned.once
-
-
-def test_huge_pages_need_no_pte_pages(name: str) -> None:
-    """Shared memory of transparent huge pages costs what is planned, and is counted so."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    before = setting.read_text().split("[")[1].split("]")[0]
-    setting.write_text("advise")
-    _huge_setting.cache_clear()
-    try:
-        mshare.create(name, SIZE, engine="shm").close()
-        planned = cost.plan(SIZE, 3, page_size=HUGE_PAGE)[2]
-        assert planned.engine == "shm"
-        with measured(name, "shm", "read", 3) as workers:
-            for worker in workers:
-                assert worker.vmpte == planned.vmpte == 2 * PAGE_SIZE
-                assert 0 <= worker.faults - planned.faults_first <= 2
-            users = [
-                (process.pid, mapping)
-                for process in processes.processes()
-                for mapping in processes.shared_mappings(process.pid)
-                if name in mapping.path
-            ]
-            assert len(users) == 3
-            for pid, mapping in users:
-                (found,) = processes.occupied(pid, [mapping])
-                assert (found.tables, found.resident) == (PAGE_SIZE, SIZE)
-    finally:
-        setting.write_text(before)
-        _huge_setting.cache_clear()
 
 
 def test_top_shows_the_counters(name: str, capsys: pytest.CaptureFixture[str]) -> None:
