@@ -40,7 +40,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--duration", type=_seconds, default=180, metavar="TIME", help="20m, 90s")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument("--hazard", action="append", default=[], choices=HAZARDS, metavar="NAME")
-    parser.add_argument("--processes", type=int, default=24, metavar="2..64")
+    parser.add_argument("--processes", type=int, default=16, metavar="2..64")
     parser.add_argument("--hang", type=_seconds, default=240, help="without a sign of life")
     parser.add_argument("--build", action="store_true", help="compile its C program, and no more")
     parser.add_argument("--list", action="store_true", help="the hazards")

@@ -154,7 +154,7 @@ class Crew:
                     f"process {member.seat} ({member.role}, life {self._life[member.seat]}) "
                     f"ended with {status}"
                 )
-            pause = {"crowd": 3.0, "greedy": 2.0, "hog": 5.0}.get(member.role, 0.0)
+            pause = {"crowd": 20.0, "greedy": 4.0, "hog": 5.0}.get(member.role, 0.0)
             if member.seat < DISTURBER:
                 self._again.append((time.monotonic() + pause, member.seat))
 

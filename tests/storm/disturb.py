@@ -107,7 +107,7 @@ class Disturbance:
 DISTURBANCES = {
     "reclaim": Disturbance(reclaim, 0.3, {}),
     "swap": Disturbance(swap, 20, {}),
-    "compaction": Disturbance(compaction, 0.5, {}),
+    "compaction": Disturbance(compaction, 2, {}),
     "khugepaged": Disturbance(khugepaged, 3, _KHUGEPAGED),
     "numa": Disturbance(numa, 0.2, _NUMA),
     "full_disk": Disturbance(full_disk, 10, {}),
