@@ -125,7 +125,10 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
     chosen = plan(options.hazard)
     control = Control(Path("/dev/shm/storm-control"), worker, options.processes)
     disturb.make_groups()
-    subprocess.run([worker, "setup", control.path, "0", "0", ""], check=True)
+    # what it touches first is charged to the workers' group, and reclaimed from there
+    environment = {"STORM_CGROUP": str(disturb.WORKERS)}
+    command = [worker, "setup", control.path, "0", "0", ""]
+    subprocess.run(command, check=True, env=environment)
     settings = disturb.Settings(chosen.disturbances)
     dog = watchdog.watch(control, options.hang)
     crew = Crew(worker, control, chosen, options.seed, options.processes, _hog_mib())

@@ -105,7 +105,7 @@ class Disturbance:
 
 
 DISTURBANCES = {
-    "reclaim": Disturbance(reclaim, 0.3, {}),
+    "reclaim": Disturbance(reclaim, 0.1, {}),
     "swap": Disturbance(swap, 20, {}),
     "compaction": Disturbance(compaction, 2, {}),
     "khugepaged": Disturbance(khugepaged, 3, _KHUGEPAGED),
