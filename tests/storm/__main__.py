@@ -127,7 +127,7 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
     disturb.make_groups()
     # what it touches first is charged to the workers' group, and reclaimed from there
     environment = {"STORM_CGROUP": str(disturb.WORKERS)}
-    command = [worker, "setup", control.path, "0", "0", ""]
+    command: list[str | Path] = [worker, "setup", control.path, "0", "0", ""]
     subprocess.run(command, check=True, env=environment)
     settings = disturb.Settings(chosen.disturbances)
     dog = watchdog.watch(control, options.hang)
