@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.storm import books, disturb, watchdog
@@ -41,7 +42,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument("--hazard", action="append", default=[], choices=HAZARDS, metavar="NAME")
     parser.add_argument("--processes", type=int, default=16, metavar="2..64")
-    parser.add_argument("--hang", type=_seconds, default=240, help="without a sign of life")
+    parser.add_argument("--hang", type=_seconds, default=600, help="without a sign of life")
     parser.add_argument("--build", action="store_true", help="compile its C program, and no more")
     parser.add_argument("--list", action="store_true", help="the hazards")
     parser.add_argument("--json", action="store_true", help="totals for a program")
@@ -129,7 +130,7 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
     environment = {"STORM_CGROUP": str(disturb.WORKERS)}
     command: list[str | Path] = [worker, "setup", control.path, "0", "0", ""]
     subprocess.run(command, check=True, env=environment)
-    settings = disturb.Settings(chosen.disturbances)
+    settings = disturb.Settings(chosen.disturbances, options.hang)
     dog = watchdog.watch(control, options.hang)
     crew = Crew(worker, control, chosen, options.seed, options.processes, _hog_mib())
     start = time.monotonic()
@@ -138,8 +139,10 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
         _close(crew, control)
     finally:
         settings.restore()
-        os.kill(dog, signal.SIGKILL)
-        os.waitpid(dog, 0)
+        # it ends by itself after a report
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(dog, signal.SIGKILL)
+            os.waitpid(dog, 0)
         disturb.remove_groups()
         control.path.unlink()
     _say(crew, control, start)

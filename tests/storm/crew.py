@@ -104,8 +104,10 @@ class Crew:
         try:
             while not self._control.stop:
                 self._control.beat(seat, name, os.getpid())
+                start = time.monotonic()
                 what.turn(rng)
-                time.sleep(rng.uniform(0, what.pause))
+                # the others are to get on, too, however slow the machine is
+                time.sleep(rng.uniform(0, what.pause) + 2 * (time.monotonic() - start))
             status = 0
         except Exception as error:
             self._control.find(f"{name}: {error!r}")

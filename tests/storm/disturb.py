@@ -25,6 +25,7 @@ _KHUGEPAGED = {
     _THP / "enabled": "always",
     _THP / "shmem_enabled": "always",
 }
+HUNG_TASK = Path("/proc/sys/kernel/hung_task_timeout_secs")
 _NUMA = {
     Path("/proc/sys/kernel/numa_balancing"): "1",
     Path("/sys/kernel/debug/sched/numa_balancing/scan_period_min_ms"): "10",
@@ -123,8 +124,9 @@ def chosen(value: str) -> str:
 class Settings:
     """Set for the time of the storm, as they were before after it."""
 
-    def __init__(self, names: frozenset[str]) -> None:
-        wanted: dict[Path, str] = {}
+    def __init__(self, names: frozenset[str], hang: float) -> None:
+        # where a flush of another processor takes long, so do the waits that the kernel watches
+        wanted = {HUNG_TASK: str(round(hang))}
         for name in names:
             wanted |= DISTURBANCES[name].settings
         self._before = {path: chosen(path.read_text()) for path in wanted if path.exists()}
