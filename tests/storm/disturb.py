@@ -31,7 +31,7 @@ _NUMA = {
     Path("/sys/kernel/debug/sched/numa_balancing/scan_period_min_ms"): "10",
     Path("/sys/kernel/debug/sched/numa_balancing/scan_delay_ms"): "0",
 }
-_MIGRATE_PAGES = 256
+_MOVE_PAGES, _MOVE_ALL, _MOVED = 279, 4, 64
 _libc = ctypes.CDLL(None)
 
 
@@ -66,13 +66,22 @@ def khugepaged(rng: random.Random) -> None:
 
 
 def numa(rng: random.Random) -> None:
-    """Pages of a worker move to another node, where there are several."""
+    """Pages of a worker's window move to another node, where there are several."""
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     pids = (WORKERS / "cgroup.procs").read_text().split()
-    if nodes > 1 and pids:
-        old = rng.randrange(nodes)
-        masks = [ctypes.byref(ctypes.c_ulong(1 << node)) for node in (old, (old + 1) % nodes)]
-        _libc.syscall(_MIGRATE_PAGES, int(rng.choice(pids)), 64, *masks)
+    if nodes < 2 or not pids:
+        return
+    pid = rng.choice(pids)
+    with suppress(OSError):
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        windows = [int(line.split("-")[0], 16) for line in maps if "/storm-" in line]
+        start = rng.choice(windows) if windows else 0
+        pages = (ctypes.c_ulong * _MOVED)(
+            *(start + rng.randrange(4096) * 4096 for _ in range(_MOVED))
+        )
+        to = (ctypes.c_int * _MOVED)(*(rng.randrange(nodes) for _ in range(_MOVED)))
+        result = (ctypes.c_int * _MOVED)()
+        _libc.syscall(_MOVE_PAGES, int(pid), ctypes.c_ulong(_MOVED), pages, to, result, _MOVE_ALL)
 
 
 def full_disk(rng: random.Random) -> None:
