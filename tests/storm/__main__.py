@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.storm import books, disturb, watchdog
@@ -40,8 +41,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--duration", type=_seconds, default=180, metavar="TIME", help="20m, 90s")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument("--hazard", action="append", default=[], choices=HAZARDS, metavar="NAME")
-    parser.add_argument("--processes", type=int, default=24, metavar="2..64")
-    parser.add_argument("--hang", type=_seconds, default=240, help="without a sign of life")
+    parser.add_argument("--processes", type=int, default=16, metavar="2..64")
+    parser.add_argument("--hang", type=_seconds, default=600, help="without a sign of life")
     parser.add_argument("--build", action="store_true", help="compile its C program, and no more")
     parser.add_argument("--list", action="store_true", help="the hazards")
     parser.add_argument("--json", action="store_true", help="totals for a program")
@@ -125,8 +126,11 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
     chosen = plan(options.hazard)
     control = Control(Path("/dev/shm/storm-control"), worker, options.processes)
     disturb.make_groups()
-    subprocess.run([worker, "setup", control.path, "0", "0", ""], check=True)
-    settings = disturb.Settings(chosen.disturbances)
+    # what it touches first is charged to the workers' group, and reclaimed from there
+    environment = {"STORM_CGROUP": str(disturb.WORKERS)}
+    command: list[str | Path] = [worker, "setup", control.path, "0", "0", ""]
+    subprocess.run(command, check=True, env=environment)
+    settings = disturb.Settings(chosen.disturbances, options.hang)
     dog = watchdog.watch(control, options.hang)
     crew = Crew(worker, control, chosen, options.seed, options.processes, _hog_mib())
     start = time.monotonic()
@@ -135,8 +139,10 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
         _close(crew, control)
     finally:
         settings.restore()
-        os.kill(dog, signal.SIGKILL)
-        os.waitpid(dog, 0)
+        # it ends by itself after a report
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(dog, signal.SIGKILL)
+            os.waitpid(dog, 0)
         disturb.remove_groups()
         control.path.unlink()
     _say(crew, control, start)

@@ -104,8 +104,10 @@ class Crew:
         try:
             while not self._control.stop:
                 self._control.beat(seat, name, os.getpid())
+                start = time.monotonic()
                 what.turn(rng)
-                time.sleep(rng.uniform(0, what.pause))
+                # the others are to get on, too, however slow the machine is
+                time.sleep(rng.uniform(0, what.pause) + 2 * (time.monotonic() - start))
             status = 0
         except Exception as error:
             self._control.find(f"{name}: {error!r}")
@@ -154,7 +156,7 @@ class Crew:
                     f"process {member.seat} ({member.role}, life {self._life[member.seat]}) "
                     f"ended with {status}"
                 )
-            pause = {"crowd": 3.0, "greedy": 2.0, "hog": 5.0}.get(member.role, 0.0)
+            pause = {"crowd": 20.0, "greedy": 4.0, "hog": 5.0}.get(member.role, 0.0)
             if member.seat < DISTURBER:
                 self._again.append((time.monotonic() + pause, member.seat))
 

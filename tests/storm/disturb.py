@@ -25,12 +25,13 @@ _KHUGEPAGED = {
     _THP / "enabled": "always",
     _THP / "shmem_enabled": "always",
 }
+HUNG_TASK = Path("/proc/sys/kernel/hung_task_timeout_secs")
 _NUMA = {
     Path("/proc/sys/kernel/numa_balancing"): "1",
     Path("/sys/kernel/debug/sched/numa_balancing/scan_period_min_ms"): "10",
     Path("/sys/kernel/debug/sched/numa_balancing/scan_delay_ms"): "0",
 }
-_MIGRATE_PAGES = 256
+_MOVE_PAGES, _MOVE_ALL, _MOVED = 279, 4, 64
 _libc = ctypes.CDLL(None)
 
 
@@ -65,13 +66,22 @@ def khugepaged(rng: random.Random) -> None:
 
 
 def numa(rng: random.Random) -> None:
-    """Pages of a worker move to another node, where there are several."""
+    """Pages of a worker's window move to another node, where there are several."""
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     pids = (WORKERS / "cgroup.procs").read_text().split()
-    if nodes > 1 and pids:
-        old = rng.randrange(nodes)
-        masks = [ctypes.byref(ctypes.c_ulong(1 << node)) for node in (old, (old + 1) % nodes)]
-        _libc.syscall(_MIGRATE_PAGES, int(rng.choice(pids)), 64, *masks)
+    if nodes < 2 or not pids:
+        return
+    pid = rng.choice(pids)
+    with suppress(OSError):
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        windows = [int(line.split("-")[0], 16) for line in maps if "/storm-" in line]
+        start = rng.choice(windows) if windows else 0
+        pages = (ctypes.c_ulong * _MOVED)(
+            *(start + rng.randrange(4096) * 4096 for _ in range(_MOVED))
+        )
+        to = (ctypes.c_int * _MOVED)(*(rng.randrange(nodes) for _ in range(_MOVED)))
+        result = (ctypes.c_int * _MOVED)()
+        _libc.syscall(_MOVE_PAGES, int(pid), ctypes.c_ulong(_MOVED), pages, to, result, _MOVE_ALL)
 
 
 def full_disk(rng: random.Random) -> None:
@@ -105,9 +115,9 @@ class Disturbance:
 
 
 DISTURBANCES = {
-    "reclaim": Disturbance(reclaim, 0.3, {}),
+    "reclaim": Disturbance(reclaim, 0.1, {}),
     "swap": Disturbance(swap, 20, {}),
-    "compaction": Disturbance(compaction, 0.5, {}),
+    "compaction": Disturbance(compaction, 2, {}),
     "khugepaged": Disturbance(khugepaged, 3, _KHUGEPAGED),
     "numa": Disturbance(numa, 0.2, _NUMA),
     "full_disk": Disturbance(full_disk, 10, {}),
@@ -123,8 +133,9 @@ def chosen(value: str) -> str:
 class Settings:
     """Set for the time of the storm, as they were before after it."""
 
-    def __init__(self, names: frozenset[str]) -> None:
-        wanted: dict[Path, str] = {}
+    def __init__(self, names: frozenset[str], hang: float) -> None:
+        # where a flush of another processor takes long, so do the waits that the kernel watches
+        wanted = {HUNG_TASK: str(round(hang))}
         for name in names:
             wanted |= DISTURBANCES[name].settings
         self._before = {path: chosen(path.read_text()) for path in wanted if path.exists()}

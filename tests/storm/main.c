@@ -182,13 +182,13 @@ int main(int argc, char **argv)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	open_control(argv[2]);
 	catch_faults();
+	enter_cgroup(getenv("STORM_CGROUP"));
 	if (!strcmp(role, "sit"))
 		return sit();
 	if (!strcmp(role, "setup")) {
 		set_up();
 		return 0;
 	}
-	enter_cgroup(getenv("STORM_CGROUP"));
 	for (unsigned int region = 0; region < REGIONS; region++) {
 		self.fd[region][0] = open_region(region, O_RDONLY);
 		self.fd[region][1] = open_region(region, O_RDWR);
