@@ -30,6 +30,7 @@ class Hugetlb(Engine):
     summary: ClassVar[str] = (
         "page tables shared by the kernel, per whole GiB, between live processes"
     )
+    alignment: ClassVar[int] = SLOT_SIZE
     scans: ClassVar[bool] = True
 
     variable: ClassVar[str] = "MSHARE_HUGETLB_DIR"
@@ -56,10 +57,6 @@ class Hugetlb(Engine):
         if gone:
             self._found = None
         return gone
-
-    @property
-    def alignment(self) -> int:
-        return SLOT_SIZE
 
     @property
     def granule(self) -> int:
