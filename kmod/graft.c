@@ -53,6 +53,8 @@ static void flush_cpu(void *unused)
  * CPUs that run the mm are interrupted. Others find the new generation when they
  * switch to it. The increment orders the cleared entry before the read of the
  * mask, as the one in switch_mm orders the mask before the read of the generation.
+ * Once a CPU has taken the interrupt, no lockless walker of the mm is left on it that
+ * started before: those run with interrupts off.
  */
 void mshare_flush_guest(struct mm_struct *mm)
 {
@@ -62,11 +64,7 @@ void mshare_flush_guest(struct mm_struct *mm)
 	on_each_cpu_mask(mm_cpumask(mm), flush_cpu, NULL, true);
 }
 
-/*
- * Every CPU and every address space in its TLB. Once each CPU has taken the
- * interrupt, no lockless walker is left either that started before: those run
- * with interrupts off.
- */
+/* Every CPU and every address space in its TLB. */
 void mshare_flush_all(void)
 {
 	on_each_cpu(flush_cpu, NULL, true);

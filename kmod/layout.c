@@ -3,9 +3,9 @@
  * Layout changes: the one path that frees page tables of a host mm.
  *
  * freeze   For each guest: its mmap_lock and the VMA's lock for write, so that
- *          no walker is inside; take the host's tables out; unlock. From then on
- *          its faults wait. Windows that appear meanwhile are born frozen.
- * flush    All CPUs. The tables are now unreachable and no TLB remembers them.
+ *          no walker is inside; take the host's tables out; flush its TLBs, which
+ *          also waits for walkers without a lock; unlock. From then on its faults
+ *          wait. Windows that appear meanwhile are born frozen.
  * change   On a kernel worker, in the host mm.
  * thaw     Wake the waiting faults, then graft every guest again.
  *
@@ -27,6 +27,13 @@
 
 #define PATIENCE	(HZ / 2)
 
+/* region->lock held. Those of this pass are at the end of the list. */
+static void mark(struct mshare_window *win)
+{
+	win->pass = win->region->pass;
+	list_move_tail(&win->of_region, &win->region->windows);
+}
+
 /* A window that this pass has not seen, with a reference; NULL at the end. */
 static struct mshare_window *next_window(struct mshare_region *r)
 {
@@ -35,8 +42,7 @@ static struct mshare_window *next_window(struct mshare_region *r)
 	spin_lock(&r->lock);
 	win = list_first_entry_or_null(&r->windows, struct mshare_window, of_region);
 	if (win && win->pass != r->pass) {
-		win->pass = r->pass;
-		list_move_tail(&win->of_region, &r->windows);
+		mark(win);
 		mshare_window_get(win);
 	} else {
 		win = NULL;
@@ -46,12 +52,16 @@ static struct mshare_window *next_window(struct mshare_region *r)
 }
 
 /*
- * All of the guest's windows onto the region in one hold of its mmap_lock: a
- * fault that waits in one must not keep us from another.
+ * All of the guest's windows onto the region in one hold of its mmap_lock, which
+ * this pass then never asks for again: a fault that waits may keep it.
+ *
+ * Flushed before the lock is given up: a window that is unmapped next has nothing
+ * of the host's left to take out, so nobody else would.
  */
 static void drain(struct mshare_guest *guest, struct mshare_region *r)
 {
 	struct mshare_window *win;
+	bool changed = false;
 
 	/* the list only changes under the guest's mmap_lock, which is held */
 	list_for_each_entry(win, &guest->windows, of_guest) {
@@ -64,9 +74,14 @@ static void drain(struct mshare_guest *guest, struct mshare_region *r)
 		spin_lock(&guest->lock);
 		win->frozen = true;
 		if (!mshare_planted(FREED_TABLE))
-			mshare_ungraft(win, win->start, win->end, false);
+			changed |= mshare_ungraft(win, win->start, win->end, false);
 		spin_unlock(&guest->lock);
+		spin_lock(&r->lock);
+		mark(win);
+		spin_unlock(&r->lock);
 	}
+	if (changed && !mshare_planted(NO_FREEZE_FLUSH))
+		mshare_flush_guest(guest->mn.mm);
 }
 
 static void release(struct mshare_region *r)
@@ -141,12 +156,10 @@ again:
 		if (!r->frozen)
 			goto again;
 	}
-	if (!mshare_planted(NO_FREEZE_FLUSH))
-		mshare_flush_all();
 	return 0;
 }
 
-/* Freeze, flush, run fn in the host mm, thaw. Caller holds region->layout. */
+/* Freeze, run fn in the host mm, thaw. Caller holds region->layout. */
 static int change(struct mshare_region *r, unsigned int op,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size)
 {

@@ -12,9 +12,9 @@ import pytest
 import mshare
 from mshare import cost, engines, hugepages, processes
 from mshare.cli import main
-from mshare.cost import HUGE_PAGE, PUD_COVERS, Cost
+from mshare.cost import PUD_COVERS, Cost
 from mshare.engines import Engine
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE
 from tests.conftest import SubPython
 from tests.measured import measured
 

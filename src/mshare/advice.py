@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import mshare
 from mshare import cost, engines
-from mshare.cost import HUGE_PAGE
 from mshare.processes import (
     SAMPLES,
     Occupied,
@@ -29,7 +28,7 @@ from mshare.processes import (
     process,
     shared_mappings,
 )
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE, round_up
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE, round_up
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are behind it, and of how many."""

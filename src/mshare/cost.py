@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mshare.errors import invalid
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE
 
-HUGE_PAGE = 2 << 20
 PUD_COVERS = 512 * SLOT_SIZE
 FAULT_AROUND = 16
 """Small pages that one read fault maps, if they are in memory (``fault_around_bytes``)."""

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from mshare.cost import HUGE_PAGE
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE
 
 if TYPE_CHECKING:
     import numpy as np

@@ -37,7 +37,7 @@ def layout_change() -> None:
 
 
 def faults_and_detaches() -> None:
-    """One thread faults in a window, the other has it detached again and again."""
+    """Two threads fault in a window, another has it detached again and again."""
     region = abi.make(f"{abi.MOUNT}/trigger")
     window = abi.mmap(region)
     abi.fill(window, SWEPT)
@@ -50,22 +50,30 @@ def faults_and_detaches() -> None:
         while not done:
             abi.madvise(window, SLOT, DONTNEED)
 
-    thread = threading.Thread(target=detach)
-    thread.start()
+    def sweep() -> None:
+        while not done:
+            abi.touch(window, SWEPT)  # one call of C: the interpreter is another thread's
+
+    threads = [threading.Thread(target=work) for work in (detach, sweep, sweep)]
+    for thread in threads:
+        thread.start()
     while time.monotonic() < end and not reported(log):
-        abi.touch(window, SWEPT)  # one call of C: the interpreter is the other thread's
+        time.sleep(0.2)
     done = True
-    thread.join()
+    for thread in threads:
+        thread.join()
     abi.munmap(window)
 
 
 def reported(log: int) -> bool:
-    """Whether the next line of the kernel's log, if there is one, is a race in the module."""
+    """Whether a race in the module is in what the kernel has said since the last time."""
     try:
-        line = os.read(log, 8192)
+        while line := os.read(log, 8192):
+            if b"KCSAN" in line and b"[mshare]" in line:
+                return True
     except (BlockingIOError, BrokenPipeError):
-        return False
-    return b"KCSAN" in line and b"[mshare]" in line
+        pass
+    return False
 
 
 TRIGGERS: dict[str, Callable[[], None]] = {

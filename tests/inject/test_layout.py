@@ -12,6 +12,7 @@ import pytest
 
 from mshare.engines.msharefs import info
 from tests.inject.inject import Caller, Where, Workers, answer, check, put_safely, standing
+from tests.inject.inject import place as placed
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SLOT
 
@@ -243,6 +244,36 @@ def test_protect(place: Place, where: type[Where], size: int, to: int) -> None:
             place.around()
 
     check(where, lambda: abi.protect(place.fd, at, size, to), undo, same)
+
+
+@pytest.mark.parametrize("cache", ["vm_area_struct", "maple_node"])
+@pytest.mark.parametrize("size", [SIZE, SLOT], ids=["part", "whole"])
+def test_nothing_works_for_a_while(place: Place, cache: str, size: int) -> None:
+    """Not one allocation but all of a kind fail: what is left is still as the ABI says."""
+    at = AT if size == SIZE else 0
+    calls: dict[str, tuple[Callable[[], None], list[set[object]]]] = {
+        "map": (lambda: abi.create_mapping(place.fd, at, size), [{OLD}, {"EFAULT"}]),
+        "unmap": (lambda: abi.unmap(place.fd, at, size), [{OLD}, {ZERO, "EFAULT"}]),
+        "protect": (lambda: abi.protect(place.fd, at, size, READ), [{OLD}]),
+    }
+    done: dict[str, set[object]] = {"map": {ZERO}, "unmap": {"EFAULT"}, "protect": {OLD}}
+    refused = 0
+    for name, (call, left) in calls.items():
+        with placed(Workers) as workers:
+            assert isinstance(workers, Workers)
+            with workers.starved(cache):
+                code = answer(call)
+        refused += code == "ENOMEM"
+        assert (code, place.within()) == (None, done[name]) or (
+            code == "ENOMEM" and place.within() in left
+        )
+        if size == SIZE:
+            place.around()
+        call()
+        assert place.within() == done[name] or (name == "protect" and code == "ENOMEM")
+        abi.create_mapping(place.fd, at, size)
+        place.mark()
+    assert refused or (cache, size) == ("vm_area_struct", SLOT)
 
 
 @pytest.mark.parametrize("where", [Caller, Workers])

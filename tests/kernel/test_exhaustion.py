@@ -104,16 +104,20 @@ def test_files_of_the_machine(path: str) -> None:
 
 @pytest.mark.parametrize("most", range(100, 104))
 def test_mappings_of_a_region(region: int, most: int) -> None:
-    """vm.max_map_count: what needs more is ENOMEM, and content is as it was, or a hole."""
+    """vm.max_map_count: what needs more is ENOMEM, and the range as it was, or without content."""
     rw, ro = abi.mmap(region), abi.mmap(region, prot=READ)
     pages = [2 * number * PAGE for number in range(1, 200)]
     for at in pages:
         abi.put(rw + at, b"before")
     old, zeros, hole = [b"before"] * 2, [bytes(6)] * 2, [errno.EFAULT] * 2
     changes: list[tuple[Callable[[int], None], object, tuple[object, ...]]] = [
-        (lambda at: abi.create_mapping(region, at, PAGE), zeros, (old, hole)),
+        (
+            lambda at: abi.create_mapping(region, at, PAGE),
+            zeros,
+            (old, hole, [errno.EFAULT, bytes(6)]),
+        ),
         (lambda at: abi.protect(region, at, PAGE, READ), old, (old,)),
-        (lambda at: abi.unmap(region, at, PAGE), hole, (old,)),
+        (lambda at: abi.unmap(region, at, PAGE), hole, (old, [bytes(6), errno.EFAULT])),
     ]
     refused = dict.fromkeys(range(len(changes)), 0)
     with setting("vm/max_map_count", most):

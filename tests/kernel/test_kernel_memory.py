@@ -80,7 +80,7 @@ MAKERS: dict[Callable[[str, int], None], int] = {
     empty: 3000,
     folders: 3000,
     links: 5000,
-    pieces: 1500,
+    pieces: 1000,
     windows: 60,
     tables: 600,
 }
@@ -100,14 +100,12 @@ def test_it_is_charged(path: str, maker: Callable[[str, int], None]) -> None:
 
         def measured() -> None:
             maker(path, 1)
-            for name in os.listdir(path):
-                with suppress(OSError):
-                    os.unlink(f"{path}/{name}")
+            clean(path)
             machine[0], group[0] = taken(), abi.current(folder)
             maker(path, MAKERS[maker])
             machine[1], group[1] = taken(), abi.current(folder)
             grown, charged = machine[1] - machine[0], group[1] - group[0]
-            assert grown > 2 * MIB, grown
+            assert grown > MIB, grown
             assert charged > grown * 8 // 10, (charged, grown)
 
         try:
@@ -117,7 +115,7 @@ def test_it_is_charged(path: str, maker: Callable[[str, int], None]) -> None:
             os.rmdir(path)
 
 
-@pytest.mark.parametrize("maker", [regions, folders, pieces], ids=lambda maker: maker.__name__)
+@pytest.mark.parametrize("maker", [regions, folders], ids=lambda maker: maker.__name__)
 def test_it_is_limited(path: str, maker: Callable[[str, int], None]) -> None:
     """A group at its limit gets an error or is killed; the machine has lost no more."""
     os.mkdir(path)

@@ -26,8 +26,10 @@ from tests.kernel.test_abi import refused
 CONTENT = b"not yours to write. "[:16] * (PAGE // 16)
 OTHER = NOBODY - 1
 _libc = ctypes.CDLL(None, use_errno=True)
-CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
-AT_FDCWD, PERSONALITY, RENAMEAT2 = -100, 135, 316
+CLONE_NEWNS, CLONE_NEWUSER, PR_SET_DUMPABLE = 0x20000, 0x10000000, 4
+AT_FDCWD, PERSONALITY, RENAMEAT2, USERFAULTFD = -100, 135, 316, 323
+UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
+UFFD_USER_MODE_ONLY, UFFD_WP_ASYNC = 1, 1 << 15
 F_ADD_SEALS, SEAL_WRITE, SEAL_FUTURE_WRITE = 1033, 8, 16
 SET_FLAGS, APPEND, IMMUTABLE = 0x40086602, 0x20, 0x10
 
@@ -59,6 +61,8 @@ def mount(kind: str, folder: str, flags: int = 0, options: str = "", source: str
 def enter_namespace() -> None:
     """A user and a mount namespace of one's own, in which one is root."""
     user, group = os.getuid(), os.getgid()
+    # after a change of user /proc/self is root's
+    _libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     if _libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     for name, text in (
@@ -300,6 +304,30 @@ def test_nothing_runs(region: int, path: str) -> None:
     abi.munmap(address)
 
 
+def test_userfaultfd_stays_out(region: int) -> None:
+    """No kind of registration, which would let it make tables below a window."""
+    address = abi.mmap(region)
+
+    def attacker() -> int:
+        tried = 0
+        for features in (0, UFFD_WP_ASYNC):
+            fd = abi.syscall(USERFAULTFD, UFFD_USER_MODE_ONLY)
+            try:
+                fcntl.ioctl(fd, UFFDIO_API, struct.pack("QQQ", 0xAA, features, 0))
+            except OSError as error:
+                # a kernel before 6.7 does not know it
+                assert (error.errno, features) == (errno.EINVAL, UFFD_WP_ASYNC)
+                continue
+            for mode in (1, 2, 3):
+                words = bytearray(struct.pack("QQQQ", address, SLOT, mode, 0))
+                refused(errno.EINVAL, fcntl.ioctl, fd, UFFDIO_REGISTER, words)
+                tried += 1
+        return tried
+
+    assert as_user(NOBODY, attacker) >= 3
+    abi.munmap(address)
+
+
 def test_mount_needs_the_administrator(tmp_path: Path) -> None:
     """EPERM for a user, also as root of a user namespace."""
 
@@ -318,9 +346,8 @@ def test_worker_has_the_rights_of_the_caller(path: str) -> None:
     events = Path("/sys/kernel/tracing")
     if not (events / "kprobe_events").exists():
         mount("tracefs", str(events))
-    # struct cred: the count in front of the user has grown from 4 to 8 bytes
-    at = 4 if os.uname().release.startswith("6.1.") else 8
-    (events / "kprobe_events").write_text(f"p:mshare_test override_creds user=+{at}(%di):u32")
+    # struct cred: the user comes after the count, which has 8 bytes
+    (events / "kprobe_events").write_text("p:mshare_test override_creds user=+8(%di):u32")
     switch = events / "events/kprobes/mshare_test/enable"
     (events / "trace").write_text("")
     try:

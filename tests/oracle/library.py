@@ -10,7 +10,7 @@ import errno
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from tests.oracle.model import (
+from tests.oracle.memory import (
     ANONYMOUS,
     FIXED,
     PAGE,
@@ -19,10 +19,7 @@ from tests.oracle.model import (
     SHARED,
     Closed,
     Content,
-    Descriptor,
     Extent,
-    Mount,
-    Process,
     Readonly,
     Region,
     Source,
@@ -30,6 +27,7 @@ from tests.oracle.model import (
     refuse,
     refuse_if,
 )
+from tests.oracle.model import Descriptor, Mount, Process
 
 BAD_NAMES = {
     "": errno.EINVAL,

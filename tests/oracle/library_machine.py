@@ -26,7 +26,7 @@ from tests.oracle.library import (
     LibraryProcess,
 )
 from tests.oracle.machine import Comparing, seldom
-from tests.oracle.model import FILE_SIZE, PAGE, SLOT, Closed, Readonly
+from tests.oracle.memory import FILE_SIZE, PAGE, SLOT, Closed, Readonly
 from tests.oracle.setting import NOBODY
 from tests.oracle.worker import Pool, Worker, outcome
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.oracle import model
-from tests.oracle.model import (
+from tests.oracle.memory import (
     ADVICE,
     ANONYMOUS,
     EXEC,
@@ -33,10 +33,10 @@ from tests.oracle.model import (
     SLOT,
     TMPFILE,
     WRITE,
-    Mount,
     Region,
     Window,
 )
+from tests.oracle.model import Mount
 from tests.oracle.setting import NOBODY, Setting
 from tests.oracle.worker import NOMINAL, Call, Outcome, outcome
 
@@ -182,11 +182,10 @@ class Machine(Comparing):
     def access(self, number: int, window: Window, how: str, call: str, *args: Any) -> Outcome:
         """Load or store: the same bytes or the same signal; and no fault where none can be."""
         process = self.model.processes[number]
-        expected = outcome(getattr(process, call), *args)
         direct = how == "direct"
-        if expected[0] == "signal" and direct:
-            self.later(number, "end_of", (args[0], call == "store"), ("value", expected[1]))
-            return expected
+        if direct and process.end_of(args[0], call == "store"):
+            return self.both(number, "end_of", args[0], call == "store")
+        expected = outcome(getattr(process, call), *args)
         see: Callable[[Any], Any] | None = None
         wanted: Outcome = "error", "EFAULT"
         watch = BAD
@@ -393,7 +392,8 @@ class Machine(Comparing):
     def place(self, p: int, handle: int, at: int) -> int:
         """Where a page is in a region; negative counts from its end."""
         file = self.model.processes[p].descriptors.get(handle)
-        return at * PAGE if at >= 0 or not file or not file.region else file.region.size - PAGE
+        last = file.region.size - PAGE if file and file.region else 0
+        return at * PAGE if at >= 0 else max(last, 0)
 
     @rule(
         p=process, fd=small, at=odd, size=odd, offset=odd,

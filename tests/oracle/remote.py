@@ -23,7 +23,7 @@ LAB = ("--memory", "3G", "--disk", "2G", "--swap", "512M")
 def serve() -> None:
     """In the lab: a line of calls in, a line of answers out, until the input ends."""
     kernel = Kernel()
-    _put(sys.stdout.buffer, kernel.memory)
+    _put(sys.stdout.buffer, (kernel.memory, kernel.over_a_part))
     for line in sys.stdin.buffer:
         _put(sys.stdout.buffer, kernel.engine.run(pickle.loads(base64.b64decode(line))))
     kernel.close()
@@ -42,7 +42,7 @@ class Lab:
         command = [mshare, "lab", "--kernel", kernel, *LAB, "--timeout", str(seconds), "--"]
         command += [sys.executable, "-m", "tests.oracle.remote"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.memory: int = self._get()
+        self.memory, self.over_a_part = self._get()
         self.engine = self
 
     def _get(self) -> Any:
@@ -59,7 +59,7 @@ class Lab:
 
     def model(self, process: type[model.Process] | None) -> Mount:
         """The model of it."""
-        return Mount(sources(), self.memory, process)
+        return Mount(sources(), self.memory, self.over_a_part, process)
 
     def close(self) -> None:
         """End the lab. :raises AssertionError: it has a report, or the mount was still in use."""

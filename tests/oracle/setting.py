@@ -11,8 +11,9 @@ import tempfile
 from typing import Any, Protocol
 
 from mshare.memory import meminfo
-from tests.oracle import model
-from tests.oracle.model import FILE_SIZE, Content, Mount, Source
+from tests.oracle import memory, model
+from tests.oracle.memory import FILE_SIZE, Content, Source
+from tests.oracle.model import Mount
 from tests.oracle.worker import Call, Outcome, Pool, outcome
 
 NOBODY = 65534
@@ -68,6 +69,8 @@ class Kernel:
             raise OSError(code, os.strerror(code), self.folder)
         fields = meminfo()
         self.memory = fields["MemTotal"] + fields["SwapTotal"]
+        old = os.uname().release.startswith("6.1.")
+        self.over_a_part = errno.ENOMEM if old else errno.EINVAL
         self.sources: dict[str, int] = {}
         self._file("memfd", os.memfd_create("oracle"))
         self._file("tmpfs", os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR))
@@ -94,7 +97,7 @@ class Kernel:
 
     def model(self, process: type[model.Process] | None) -> Mount:
         """The model of it."""
-        return Mount(sources(), self.memory, process)
+        return Mount(sources(), self.memory, self.over_a_part, process)
 
     def close(self) -> None:
         """Unmount, which is EBUSY if anything is left open or mapped."""
@@ -116,7 +119,7 @@ class Modelled:
 
     def model(self, process: type[model.Process] | None) -> Mount:
         """The model to compare with."""
-        return Mount(sources(), self.memory, process)
+        return Mount(sources(), self.memory, process=process)
 
 
 class Simulated:
@@ -143,10 +146,8 @@ class Simulated:
             return self._by(self.mount.processes[number], call, *args)
         except StopIteration:
             return "no window there"
-        except model.Fault as fault:
-            if call == "end_of":
-                return fault.signal.name
-            model.refuse(errno.EFAULT)
+        except memory.Fault:
+            memory.refuse(errno.EFAULT)
 
     @staticmethod
     def _by(process: model.Process, call: str, *args: Any) -> Any:
@@ -160,8 +161,5 @@ class Simulated:
             case "access":
                 process.store(*args[2:])
                 return None, 0
-            case "end_of":
-                process.window(args[0]).access(args[0], write=args[1])
-                return None
             case _:
                 return getattr(process, call)(*args)

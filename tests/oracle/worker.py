@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from mshare.engines.msharefs import INFO
 from mshare.engines.msharefs import info as all_of_info
 from tests.kernel import abi
-from tests.oracle.model import (
+from tests.oracle.memory import (
     ADVICE,
     FILE_SIZE,
     NORESERVE,
@@ -141,6 +141,8 @@ class Worker:
 
     def take(self, handle: int, fd: int) -> None:
         """Keep a descriptor that came with the call."""
+        if handle in self.fds:
+            os.close(self.fds[handle])
         self.fds[handle] = fd
 
     def _fd(self, handle: int) -> int:
@@ -251,10 +253,7 @@ class Worker:
 
     def cover(self, address: int, size: int) -> None:
         flags = abi.PRIVATE | abi.ANONYMOUS | abi.FIXED | NORESERVE
-        try:
-            abi.mmap(-1, size, abi.RW, flags, address)
-        except OSError as error:
-            refuse(errno.EINVAL if error.errno == errno.ENOMEM else error.errno or 0)  # 6.1
+        abi.mmap(-1, size, abi.RW, flags, address)
         if abi.get(address, 8) != bytes(8):
             raise AssertionError("other memory over a window shows the region's")
         abi.munmap(address, size)
@@ -323,7 +322,9 @@ class Worker:
         return os.pread(self.sources[source], size, offset)
 
     def file_write(self, source: str, offset: int, data: bytes) -> None:
-        os.pwrite(self.sources[source], data, offset)
+        fd = self.sources[source]
+        os.pwrite(fd, data, offset)
+        os.ftruncate(fd, -(-os.fstat(fd).st_size // PAGE) * PAGE)
 
     def file_resize(self, source: str, size: int) -> None:
         os.ftruncate(self.sources[source], size)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 
 from tests.oracle.library import LibraryProcess
-from tests.oracle.model import Fault, Process, populate
+from tests.oracle.memory import Fault, populate
+from tests.oracle.model import Process
 
 
 class ProtectsAll(Process):

@@ -60,8 +60,6 @@ class Engine(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     """What becomes of page tables, in a few words."""
-    alignment: ClassVar[int] = 1
-    """Bytes: addresses are chosen as multiples of this, so that page tables can be shared."""
     maps_files: ClassVar[bool] = False
     """Whether ``backing=`` works."""
     scans: ClassVar[bool] = False
@@ -97,6 +95,11 @@ class Engine(ABC):
 
         :raises OSError: ENOSPC when it does not fit; nothing else may fail later for it.
         """
+
+    @property
+    def alignment(self) -> int:
+        """Bytes: addresses are chosen as multiples of this, so that few page tables are needed."""
+        return 1
 
     @property
     def granule(self) -> int:

@@ -18,10 +18,9 @@ from contextlib import suppress
 from typing import ClassVar
 
 from mshare.engines.base import Check, Engine
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE, human, round_up
 
 MOUNT_POINT = "/dev/hugepages"
-HUGE_PAGE = 2 << 20
 
 
 class Hugetlb(Engine):
@@ -31,7 +30,6 @@ class Hugetlb(Engine):
     summary: ClassVar[str] = (
         "page tables shared by the kernel, per whole GiB, between live processes"
     )
-    alignment: ClassVar[int] = SLOT_SIZE
     scans: ClassVar[bool] = True
 
     variable: ClassVar[str] = "MSHARE_HUGETLB_DIR"
@@ -58,6 +56,10 @@ class Hugetlb(Engine):
         if gone:
             self._found = None
         return gone
+
+    @property
+    def alignment(self) -> int:
+        return SLOT_SIZE
 
     @property
     def granule(self) -> int:

@@ -16,7 +16,7 @@ from typing import ClassVar
 from mshare import mapping, memory
 from mshare.engines.base import Check, Engine, Stat, exists
 from mshare.errors import RUN_OUT, invalid, unsupported
-from mshare.sizes import PAGE_SIZE, human
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
 HUGE_SETTING = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
@@ -98,12 +98,17 @@ class Shm(Engine):
         return super()._open_missing(name, readonly=readonly)
 
     def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
-        setting = _huge_setting()
+        huge = self.alignment == HUGE_PAGE
         placed = super().place(fd, size, readonly=readonly, address=address)
-        if setting not in ("never", "deny", ""):
+        if huge:
             with suppress(OSError):
                 mapping.madvise(placed, size, mapping.MADV_HUGEPAGE)
         return placed
+
+    @property
+    def alignment(self) -> int:
+        """A huge page can only be used, and since 6.12 only made, where the address fits it."""
+        return 1 if _huge_setting() in ("never", "deny", "") else HUGE_PAGE
 
     def _is_region(self, info: os.stat_result) -> bool:
         return st.S_ISREG(info.st_mode) or st.S_ISLNK(info.st_mode)
@@ -182,7 +187,7 @@ def _populate_huge(fd: int, size: int) -> None:
     if _huge_setting() != "advise":
         return
     with suppress(OSError):
-        address = mapping.place(fd, size, readonly=False)
+        address = mapping.place(fd, size, readonly=False, alignment=HUGE_PAGE)
         try:
             mapping.madvise(address, size, mapping.MADV_HUGEPAGE)
             mapping.madvise(address, size, mapping.MADV_POPULATE_WRITE)
