@@ -32,16 +32,17 @@ int mshare_make_tables(struct mm_struct *mm, unsigned long addr)
 	return apply_to_page_range(mm, addr, PAGE_SIZE, nothing, NULL);
 }
 
-/* NULL when the levels above do not exist. */
+/* NULL when the levels above do not exist. Another thread's fault may be making them. */
 pud_t *mshare_pudp(struct mm_struct *mm, unsigned long addr)
 {
-	pgd_t *pgd = pgd_offset(mm, addr);
-	p4d_t *p4d;
+	pgd_t *pgdp = pgd_offset(mm, addr);
+	pgd_t pgd = READ_ONCE(*pgdp);
+	p4d_t p4d;
 
-	if (pgd_none(*pgd))
+	if (pgd_none(pgd))
 		return NULL;
-	p4d = p4d_offset(pgd, addr);
-	return p4d_none(*p4d) ? NULL : pud_offset(p4d, addr);
+	p4d = READ_ONCE(*p4d_offset_lockless(pgdp, pgd, addr));
+	return p4d_none(p4d) ? NULL : pud_offset(&p4d, addr);
 }
 
 static void flush_cpu(void *unused)
@@ -81,7 +82,8 @@ int mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	if (mshare_planted(UNLOCKED) && slot->state == SLOT_HOST)
 		return 0;
 	spin_lock(&win->guest->lock);
-	if (win->guest->dead || win->closing || win->frozen || win->invalidating) {
+	/* a thaw ends frozen under the region's lock, not this one */
+	if (win->guest->dead || win->closing || READ_ONCE(win->frozen) || win->invalidating) {
 		err = -EAGAIN;
 	} else if (slot->state != SLOT_HOST) {
 		/* looked up here: once closing is seen the tables may be freed */
@@ -104,6 +106,14 @@ out:
 	return err;
 }
 
+/* Once, for a fault may be filling it. */
+static pud_t read_pud(struct mm_struct *mm, unsigned long addr)
+{
+	pud_t *pudp = mshare_pudp(mm, addr);
+
+	return pudp ? READ_ONCE(*pudp) : __pud(0);
+}
+
 /* One pass over the slots; true when one has content but no PMD page in the host. */
 static bool graft_pass(struct mshare_window *win, bool make)
 {
@@ -111,7 +121,7 @@ static bool graft_pass(struct mshare_window *win, bool make)
 	unsigned long i, addr, last;
 	struct vm_area_struct *vma;
 	bool missing = false;
-	pud_t *pudp;
+	pud_t pud;
 
 	for (i = 0; i < mshare_slots(win); i++) {
 		addr = win->host + (i << SLOT_SHIFT);
@@ -119,11 +129,11 @@ static bool graft_pass(struct mshare_window *win, bool make)
 		if (!vma)
 			continue;
 		last = min(vma->vm_end, addr + SLOT_SIZE) - PAGE_SIZE;
-		pudp = mshare_pudp(mm, addr);
-		if (make && (!pudp || pud_none(*pudp)) && !mshare_make_tables(mm, last))
-			pudp = mshare_pudp(mm, addr);
-		if (pudp && !pud_none(*pudp))
-			mshare_graft(win, i, READ_ONCE(*pudp));
+		pud = read_pud(mm, addr);
+		if (make && pud_none(pud) && !mshare_make_tables(mm, last))
+			pud = read_pud(mm, addr);
+		if (!pud_none(pud))
+			mshare_graft(win, i, pud);
 		else
 			missing = true;
 		cond_resched();

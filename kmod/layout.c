@@ -72,7 +72,7 @@ static void drain(struct mshare_guest *guest, struct mshare_region *r)
 			mshare_set_ops(win);
 		}
 		spin_lock(&guest->lock);
-		win->frozen = true;
+		WRITE_ONCE(win->frozen, true);
 		if (!mshare_planted(FREED_TABLE))
 			changed |= mshare_ungraft(win, win->start, win->end, false);
 		spin_unlock(&guest->lock);

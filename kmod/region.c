@@ -228,19 +228,19 @@ u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 
 				/* must not fail: what is not counted would seem to be gone */
 				if (!xa_insert(&seen, mapping->host->i_ino, xa_mk_value(1),
 					       GFP_KERNEL | __GFP_NOFAIL))
-					pages += mapping->nrpages;
+					pages += READ_ONCE(mapping->nrpages);
 				continue;
 			}
 			if (last != mapping) {
 				if (last)
-					pages += min_t(u64, run, last->nrpages);
+					pages += min_t(u64, run, READ_ONCE(last->nrpages));
 				last = mapping;
 				run = 0;
 			}
 			run += vma_pages(vma);
 		}
 		if (last)
-			pages += min_t(u64, run, last->nrpages);
+			pages += min_t(u64, run, READ_ONCE(last->nrpages));
 		mmap_read_unlock(r->mm);
 		xa_destroy(&seen);
 		WRITE_ONCE(r->resident, pages << PAGE_SHIFT);
