@@ -70,7 +70,8 @@ storm: $(KERNELS:%=storm-%)
 
 storm-%: setup
 	$(BIN)/python -m tests.storm --build
-	tools/in-lab $* --memory 2G --disk 1G --swap 512M --timeout 1800 $(LAB) -- \
+	tools/in-lab $* --memory 2G --disk 1G --swap 512M --timeout 1800 \
+		--kernel-args numa=fake=2 $(LAB) -- \
 		$(BIN)/python -m tests.storm --duration $(DURATION)
 
 spec: setup
