@@ -155,7 +155,7 @@ static int ms_getattr(struct mshare_idmap *idmap, const struct path *path, struc
 
 	mshare_fillattr(idmap, mask, inode, stat);
 	if (mask & STATX_BLOCKS)
-		stat->blocks = mshare_region_resident(inode->i_private, NULL, NULL) >> 9;
+		stat->blocks = mshare_region_resident(inode->i_private, true, NULL, NULL) >> 9;
 	return 0;
 }
 

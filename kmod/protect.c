@@ -50,10 +50,11 @@ static bool has_huge(struct mm_struct *mm, struct vm_area_struct *vma)
 	pmd_t pmd;
 
 	for (addr = vma->vm_start; addr < vma->vm_end; addr = next) {
-		next = pmd_addr_end(addr, vma->vm_end);
+		next = pud_addr_end(addr, vma->vm_end);
 		pudp = mshare_pudp(mm, addr);
 		if (!pudp || pud_none(*pudp))
 			continue;
+		next = pmd_addr_end(addr, vma->vm_end);
 		pmd = READ_ONCE(*pmd_offset(pudp, addr));
 		if (!pmd_none(pmd) && pmd_bad(pmd))
 			return true;

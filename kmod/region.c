@@ -11,6 +11,7 @@
  * host mm, or makes it, runs on a kernel worker, under region->layout or the inode
  * lock that covers the setting of the size.
  */
+#include <linux/cred.h>
 #include <linux/file.h>
 #include <linux/kthread.h>
 #include <linux/memcontrol.h>
@@ -48,6 +49,7 @@ struct host_work {
 	struct mshare_region *r;
 	struct mm_struct *mm;
 	struct mem_cgroup *memcg;
+	const struct cred *cred;
 	int (*fn)(struct mshare_region *r, void *arg);
 	void *arg;
 	int err;
@@ -57,20 +59,27 @@ static void host_worker(struct work_struct *work)
 {
 	struct host_work *hw = container_of(work, struct host_work, work);
 	struct mem_cgroup *old = set_active_memcg(hw->memcg);
+	const struct cred *own = override_creds(hw->cred);
 
 	if (hw->mm)
 		kthread_use_mm(hw->mm);
 	hw->err = hw->fn(hw->r, hw->arg);
 	if (hw->mm)
 		kthread_unuse_mm(hw->mm);
+	revert_creds(own);
 	set_active_memcg(old);
 }
 
-/* Run fn on a kernel worker with mm, or none, as its own; the caller's group pays. */
+/*
+ * Run fn on a kernel worker with mm, or none, as its own. The caller's group pays,
+ * and security modules are asked whether the caller may.
+ */
 int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
 		    int (*fn)(struct mshare_region *r, void *arg), void *arg)
 {
-	struct host_work hw = { .r = r, .mm = mm, .fn = fn, .arg = arg };
+	struct host_work hw = {
+		.r = r, .mm = mm, .cred = current_cred(), .fn = fn, .arg = arg,
+	};
 
 	hw.memcg = get_mem_cgroup_from_mm(current->mm);
 	INIT_WORK_ONSTACK(&hw.work, host_worker);
@@ -169,7 +178,9 @@ struct mshare_region *mshare_region_new(struct super_block *sb)
 	mutex_init(&r->layout);
 	spin_lock_init(&r->lock);
 	INIT_LIST_HEAD(&r->windows);
+	INIT_LIST_HEAD(&r->pins);
 	init_waitqueue_head(&r->thaw);
+	INIT_DELAYED_WORK(&r->patience, mshare_lose_patience);
 	r->sb = sb;
 	mutex_lock(&mshare_regions_lock);
 	list_add(&r->all, &mshare_regions);
@@ -184,6 +195,7 @@ void mshare_region_free(struct mshare_region *r)
 	list_del(&r->all);
 	mutex_unlock(&mshare_regions_lock);
 	if (r->mm) {
+		mshare_unpin(r, 0, r->size);
 		mmu_notifier_unregister(&r->mn, r->mm);
 		mmput(r->mm);
 	}
@@ -194,9 +206,10 @@ void mshare_region_free(struct mshare_region *r)
  * Pages of content in memory. A file of the region's own holds no page that is
  * not mapped, so all of it counts, once: other content may lie between its parts.
  * Neighbouring mappings of any other file are counted together, up to what of the
- * file is in memory.
+ * file is in memory. Without wait, or for a caller that is killed, the number may
+ * be the last one known: a host's lock can be held for long, by a slow disk say.
  */
-u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
+u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end)
 {
 	unsigned long addr = MSHARE_RW, end = MSHARE_RW + mshare_size(r);
 	u64 pages = 0, total = 0, run = 0;
@@ -205,8 +218,9 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 	struct xarray seen;
 
 	if (addr != end) {
+		if (wait ? mmap_read_lock_killable(r->mm) : !mmap_read_trylock(r->mm))
+			return READ_ONCE(r->resident);
 		xa_init(&seen);
-		mmap_read_lock(r->mm);
 		for (; (vma = find_vma_intersection(r->mm, addr, end)); addr = vma->vm_end) {
 			mapping = vma->vm_file->f_mapping;
 			total += vma_pages(vma);
@@ -214,21 +228,22 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 				/* must not fail: what is not counted would seem to be gone */
 				if (!xa_insert(&seen, mapping->host->i_ino, xa_mk_value(1),
 					       GFP_KERNEL | __GFP_NOFAIL))
-					pages += mapping->nrpages;
+					pages += READ_ONCE(mapping->nrpages);
 				continue;
 			}
 			if (last != mapping) {
 				if (last)
-					pages += min_t(u64, run, last->nrpages);
+					pages += min_t(u64, run, READ_ONCE(last->nrpages));
 				last = mapping;
 				run = 0;
 			}
 			run += vma_pages(vma);
 		}
 		if (last)
-			pages += min_t(u64, run, last->nrpages);
+			pages += min_t(u64, run, READ_ONCE(last->nrpages));
 		mmap_read_unlock(r->mm);
 		xa_destroy(&seen);
+		WRITE_ONCE(r->resident, pages << PAGE_SHIFT);
 	}
 	if (mapped)
 		*mapped = total << PAGE_SHIFT;
@@ -251,7 +266,8 @@ int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long 
 	loff_t pos;
 
 	while (addr < end) {
-		mmap_read_lock(r->mm);
+		if (mmap_read_lock_killable(r->mm))
+			return -EINTR;
 		vma = find_vma_intersection(r->mm, addr, end);
 		if (!vma) {
 			mmap_read_unlock(r->mm);
@@ -277,7 +293,7 @@ u64 mshare_sb_resident(struct super_block *sb)
 	mutex_lock(&mshare_regions_lock);
 	list_for_each_entry(r, &mshare_regions, all)
 		if (r->sb == sb)
-			bytes += mshare_region_resident(r, NULL, NULL);
+			bytes += mshare_region_resident(r, false, NULL, NULL);
 	mutex_unlock(&mshare_regions_lock);
 	return bytes;
 }

@@ -270,6 +270,7 @@ def create(
     backing: PathOrFd | None = None,
     engine: str | None = None,
     address: int | None = None,
+    locked: bool = False,
 ) -> Region:
     """Create a region and attach it for reading and writing.
 
@@ -280,14 +281,17 @@ def create(
         size and permission are the file's. Read-only where only reading is allowed.
     :param engine: an engine's name; by default ``MSHARE_ENGINE``, else the best that works.
     :param address: attach here; by default an address the engine likes.
+    :param locked: take all memory now and never move it, as a process needs that gives its
+        window to a virtual machine. Counts against RLIMIT_MEMLOCK.
     :raises FileExistsError: the name is taken.
-    :raises OSError: ENOSPC when the memory is not there, now rather than later.
+    :raises OSError: ENOSPC when the memory is not there, now rather than later; EOPNOTSUPP where
+        the engine can't lock.
     :raises ValueError: a bad name, size or mode (an ``OSError`` with errno too).
     """
     check_name(name)
     chosen = engines.asked(engine)
     if backing is not None:
-        return _create_over(name, size, mode, backing, engine, address)
+        return _create_over(name, size, mode, backing, engine, address, locked=locked)
     if size is None:
         raise TypeError("a region needs a size, or backing= a file")
     bytes_ = region_size(size)
@@ -296,8 +300,8 @@ def create(
         with creating(name):
             if engines.holder(name):
                 raise exists(name)
-            chosen = engines.best(engine, bytes_)
-            chosen.create(name, bytes_, mode)
+            chosen = engines.best(engine, bytes_, locked=locked)
+            chosen.create(name, bytes_, mode, locked=locked)
         return _attach_created(name, chosen, address)
 
 
@@ -308,6 +312,8 @@ def _create_over(
     backing: PathOrFd,
     engine: str | None,
     address: int | None,
+    *,
+    locked: bool,
 ) -> Region:
     if size is not None or mode is not None:
         raise invalid("a region over a file has the file's size and mode; leave them out", name)
@@ -316,8 +322,8 @@ def _create_over(
         with creating(name):
             if engines.holder(name):
                 raise exists(name)
-            chosen = engines.best(engine, over_file=True)
-            chosen.create_over(name, file)
+            chosen = engines.best(engine, over_file=True, locked=locked)
+            chosen.create_over(name, file, locked=locked)
         return _attach_created(name, chosen, address, maybe_readonly=True)
 
 

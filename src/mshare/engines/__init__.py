@@ -38,7 +38,9 @@ def asked(engine: str | None) -> Engine | None:
     return by_name(name) if name else None
 
 
-def best(engine: str | None, size: int = PAGE_SIZE, *, over_file: bool = False) -> Engine:
+def best(
+    engine: str | None, size: int = PAGE_SIZE, *, over_file: bool = False, locked: bool = False
+) -> Engine:
     """The engine for a new region of ``size`` bytes: the one asked for, or the best that works.
 
     When none works, the last: its error says why.
@@ -47,7 +49,8 @@ def best(engine: str | None, size: int = PAGE_SIZE, *, over_file: bool = False) 
     if chosen:
         return chosen
     for candidate in ENGINES:
-        if (candidate.maps_files or not over_file) and candidate.check(size).works:
+        able = (candidate.maps_files or not over_file) and (candidate.locks or not locked)
+        if able and candidate.check(size).works:
             return candidate
     return ENGINES[-1]
 
