@@ -209,6 +209,8 @@ int mshare_mmap(struct file *file, struct vm_area_struct *vma)
 		return -EINVAL;
 	if (!size || vma->vm_pgoff > size >> PAGE_SHIFT || len > size - offset)
 		return -EINVAL;
+	if (!mshare_may_attach(r))
+		return -EOPNOTSUPP;
 	/*
 	 * VM_DONTEXPAND keeps away what works on the tables of ordinary mappings:
 	 * mlock, KSM, khugepaged, merging, userfaultfd.

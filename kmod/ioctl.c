@@ -9,6 +9,7 @@
 #include <linux/mman.h>
 #include <linux/pagemap.h>
 #include <linux/uaccess.h>
+#include <linux/user_namespace.h>
 #include "mshare.h"
 
 /* A range of whole pages inside the region. */
@@ -32,8 +33,10 @@ static int check_prot(u32 prot)
 /*
  * Content whose pages live in the page cache. Others may share or change the
  * host's page tables by themselves (hugetlb), or map what has no struct page
- * behind it (devices, DAX). An overlay can only be judged by the file below it,
- * which its mmap brings to light.
+ * behind it (devices, DAX). Any user can be the server of a FUSE file, and by
+ * not answering hold the lock of a host mm that a fault or an mmap has taken.
+ * An overlay can only be judged by the file below it, which its mmap brings to
+ * light: that mmap must not be a user's FUSE, so the overlay has to be root's.
  */
 bool mshare_file_fits(struct file *file, bool overlay)
 {
@@ -45,9 +48,10 @@ bool mshare_file_fits(struct file *file, bool overlay)
 	case TMPFS_MAGIC:
 		return true;
 	case HUGETLBFS_MAGIC:
+	case FUSE_SUPER_MAGIC:
 		return false;
 	case OVERLAYFS_SUPER_MAGIC:
-		return overlay;
+		return overlay && inode->i_sb->s_user_ns == &init_user_ns;
 	default:
 		return file->f_mapping->a_ops->read_folio;
 	}
@@ -55,7 +59,8 @@ bool mshare_file_fits(struct file *file, bool overlay)
 
 static long create_mapping(struct mshare_region *r, void __user *arg)
 {
-	const u32 known = MAP_TYPE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE;
+	const u32 known = MAP_TYPE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE |
+			  MAP_LOCKED;
 	struct mshare_create req;
 	struct file *file = NULL;
 	u64 end;
@@ -127,9 +132,11 @@ static long info(struct mshare_region *r, void __user *arg)
 	out.faults = atomic64_read(&r->faults);
 	out.flushes = atomic64_read(&r->flushes);
 	out.layout_changes = atomic64_read(&r->changes);
+	out.flags = READ_ONCE(r->kind) == MSHARE_LOCKED ? MSHARE_INFO_LOCKED : 0;
+	out.locked_bytes = (u64)atomic64_read(&r->locked) << PAGE_SHIFT;
 	if (out.region_size)
 		out.pagetable_bytes = mm_pgtables_bytes(r->mm);
-	out.resident_bytes = mshare_region_resident(r, &out.mapped_bytes, &out.mapped_end);
+	out.resident_bytes = mshare_region_resident(r, true, &out.mapped_bytes, &out.mapped_end);
 	return copy_to_user(arg, &out, out.size) ? -EFAULT : 0;
 }
 

@@ -20,7 +20,7 @@ struct mshare_create {
 	__u64 size;		/* how much; a multiple of the page size */
 	__u64 offset;		/* where in the file; 0 with MAP_ANONYMOUS */
 	__u32 prot;		/* PROT_READ, or PROT_READ | PROT_WRITE */
-	__u32 flags;		/* MAP_SHARED | MAP_FIXED, and MAP_ANONYMOUS, MAP_NORESERVE */
+	__u32 flags;		/* MAP_SHARED | MAP_FIXED | any of ANONYMOUS, NORESERVE, LOCKED */
 	__u32 fd;		/* the file; ignored with MAP_ANONYMOUS */
 	__u32 __pad;		/* not read */
 };
@@ -50,7 +50,7 @@ struct mshare_protect {
  */
 struct mshare_info {
 	__u32 size;		/* in: room; out: bytes filled; at least 16 */
-	__u32 flags;		/* 0 */
+	__u32 flags;		/* MSHARE_INFO_LOCKED */
 	__u64 region_size;	/* size of the region; 0 until it is set */
 	__u64 alignment;	/* of sizes, addresses and offsets of attachments */
 	__u64 attachments;	/* windows that exist now, in all processes */
@@ -63,8 +63,12 @@ struct mshare_info {
 	__u64 resident_bytes;	/* content in memory, now */
 	__u64 mapped_bytes;	/* part of the region that is not a hole, now */
 	__u64 mapped_end;	/* end of the last mapping, now */
-	__u64 reserved[3];	/* 0 */
+	__u64 locked_bytes;	/* content that never moves, now */
+	__u64 reserved[2];	/* 0 */
 };
+
+/* All content of the region is in memory and stays where it is. */
+#define MSHARE_INFO_LOCKED	1
 
 #define MSHAREFS_CREATE_MAPPING	_IOW('x', 0, struct mshare_create)
 #define MSHAREFS_UNMAP		_IOW('x', 1, struct mshare_unmap)

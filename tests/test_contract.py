@@ -432,6 +432,18 @@ def test_layout_calls(engine: Engine, name: str, tmp_path: Path) -> None:
             assert caught.value.errno == errno.EOPNOTSUPP
 
 
+def test_locked(engine: Engine, name: str) -> None:
+    """Memory that never moves, or a refusal that says which engine has it, and nothing is left."""
+    if engine.locks:
+        with mshare.create(name, size="4M", engine=engine.name, locked=True) as region:
+            region.asarray()[:] = 3
+        return
+    with pytest.raises(OSError, match="msharefs can") as caught:
+        mshare.create(name, size="4M", engine=engine.name, locked=True)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert not [region for region in mshare.list() if region.name == name]
+
+
 def test_backing(engine: Engine, name: str, tmp_path: Path) -> None:
     """A region over a file is the file; an engine that can't says which can."""
     file = tmp_path / "data"

@@ -13,7 +13,7 @@ from typing import Any
 
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
-MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x4000, 0x100000
+MAP_LOCKED, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x2000, 0x4000, 0x100000
 MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -91,7 +91,7 @@ def _place_aligned(fd: int, size: int, prot: int, alignment: int) -> int:
     head = -start % alignment
     try:
         mmap(start + head, size, prot, MAP_SHARED | MAP_FIXED, fd)
-    except OSError:
+    except BaseException:
         munmap(start, size + alignment)
         raise
     if head:
@@ -112,6 +112,14 @@ def _memory_type(size: int, mapped: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
 
 
 def own(address: int, size: int, mapped: int, *, readonly: bool) -> memoryview:
-    """A view of the first ``size`` of ``mapped`` bytes; its last copy to die unmaps them all."""
-    view = memoryview(_memory_type(size, mapped).from_address(address)).cast("B")
+    """A view of the first ``size`` of ``mapped`` bytes; its last copy to die unmaps them all.
+
+    Without memory for it they are unmapped at once.
+    """
+    try:
+        memory = _memory_type(size, mapped).from_address(address)
+    except BaseException:
+        munmap(address, mapped)
+        raise
+    view = memoryview(memory).cast("B")
     return view.toreadonly() if readonly else view

@@ -235,6 +235,8 @@ class Window:
     size: int
     offset: int
     writable: bool
+    readable: bool = True
+    """Not so with PROT_WRITE alone: the processor reads all the same, some system calls do not."""
     kept: dict[str, str] = field(default_factory=lambda: {"fork": "DOFORK", "read": "NORMAL"})
     """The last advice of each kind that is kept with a window; DONTFORK: no child gets it."""
     loose: set[int] = field(default_factory=set)
@@ -298,6 +300,11 @@ def populate(window: Window, address: int, size: int, *, write: bool) -> None:
             refuse(errno.EFAULT)
 
 
+def _populate_read(window: Window, address: int, size: int) -> None:
+    refuse_if(not window.readable, errno.EINVAL)
+    populate(window, address, size, write=False)
+
+
 def _populate_write(window: Window, address: int, size: int) -> None:
     refuse_if(not window.writable, errno.EINVAL)
     populate(window, address, size, write=True)
@@ -345,7 +352,7 @@ ADVICE: dict[str, Callable[[Window, int, int], None]] = {
     "DONTNEED": _let_go,
     "COLD": _page_out,
     "PAGEOUT": _page_out,
-    "POPULATE_READ": lambda window, *range: populate(window, *range, write=False),
+    "POPULATE_READ": _populate_read,
     "POPULATE_WRITE": _populate_write,
     "REMOVE": _remove,
     "FREE": _refused,

@@ -102,6 +102,7 @@ class Mount:
         """One process reads the memory of another of its user: as a load there, or EFAULT."""
         user = self.processes[reader].user
         refuse_if(user not in (0, self.processes[owner].user), errno.EPERM)
+        refuse_if(not self.processes[owner].window(address).readable, errno.EFAULT)
         return self.processes[owner].load(address, size)[0]
 
     def send(self, sender: int, handle: int, receiver: int) -> None:
@@ -399,7 +400,7 @@ class Process:
         refuse_if(not shared or not prot & RW, errno.EINVAL)
         refuse_if((address | size | offset) % SLOT, errno.EINVAL)
         refuse_if(offset + size > file.region.size, errno.EINVAL)
-        window = Window(file.region, address, size, offset, writable)
+        window = Window(file.region, address, size, offset, writable, bool(prot & READ))
         self.attach(window)
         return window
 

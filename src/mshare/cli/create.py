@@ -18,6 +18,7 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("size", nargs="?", help="bytes, or a number and K, M, G or T")
     parser.add_argument("--mode", help="permission bits in octal (default 0600)")
     parser.add_argument("--backing", metavar="FILE", help="a file to be the region's content")
+    parser.add_argument("--locked", action="store_true", help="all in memory now, and never moved")
     parser.add_argument("--engine", choices=[engine.name for engine in engines.ENGINES])
 
 
@@ -30,6 +31,7 @@ def main(args: argparse.Namespace) -> int:
         None if args.mode is None else _octal(args.mode),
         backing=args.backing,
         engine=args.engine,
+        locked=args.locked,
     ) as region:
         print(f"{region.name}: {human(region.size)} on engine {region.engine}")
     return 0

@@ -14,7 +14,14 @@ from mshare.sizes import human
 SUMMARY = "show one region"
 EXAMPLE = "  mshare stat features"
 
-_BYTES = ("alignment", "pagetable_bytes", "resident_bytes", "mapped_bytes", "mapped_end")
+_BYTES = (
+    "alignment",
+    "pagetable_bytes",
+    "resident_bytes",
+    "mapped_bytes",
+    "mapped_end",
+    "locked_bytes",
+)
 
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     if region.broken:
         lines["broken"] = f"{region.broken}; remove it: mshare rm {region.name}"
     for field, count in counters.items():
-        if field != "region_size":
+        if field not in ("flags", "region_size"):
             shown = human(count) if field in _BYTES else f"{count:,}"
             lines[field.removesuffix("_bytes").replace("_", " ")] = shown
     for key, value in lines.items():

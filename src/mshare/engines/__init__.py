@@ -13,7 +13,7 @@ from mshare.engines.base import Check, Engine, Stat
 from mshare.engines.hugetlb import Hugetlb
 from mshare.engines.msharefs import Msharefs
 from mshare.engines.shm import Shm
-from mshare.errors import invalid
+from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import PAGE_SIZE
 
 ENGINES: tuple[Engine, ...] = (Msharefs(), Hugetlb(), Shm())
@@ -38,7 +38,9 @@ def asked(engine: str | None) -> Engine | None:
     return by_name(name) if name else None
 
 
-def best(engine: str | None, size: int = PAGE_SIZE, *, over_file: bool = False) -> Engine:
+def best(
+    engine: str | None, size: int = PAGE_SIZE, *, over_file: bool = False, locked: bool = False
+) -> Engine:
     """The engine for a new region of ``size`` bytes: the one asked for, or the best that works.
 
     When none works, the last: its error says why.
@@ -47,16 +49,24 @@ def best(engine: str | None, size: int = PAGE_SIZE, *, over_file: bool = False) 
     if chosen:
         return chosen
     for candidate in ENGINES:
-        if (candidate.maps_files or not over_file) and candidate.check(size).works:
+        able = (candidate.maps_files or not over_file) and (candidate.locks or not locked)
+        if able and candidate.check(size).works:
             return candidate
     return ENGINES[-1]
 
 
 def holder(name: str) -> Engine | None:
-    """The engine that holds the region ``name``, or None."""
+    """The engine that holds the region ``name``, or None.
+
+    :raises OSError: nobody can tell, for want of descriptors or memory.
+    """
     for engine in _search:
-        with suppress(OSError):
+        try:
             engine.stat(name)
+        except OSError as error:
+            if error.errno in RUN_OUT:
+                raise
+        else:
             return engine
     return None
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from mshare import mapping
-from mshare.errors import invalid, unsupported
+from mshare.errors import RUN_OUT, invalid, unsupported
 from mshare.sizes import PAGE_SIZE
 
 DEFAULT_MODE = 0o600
@@ -68,6 +68,8 @@ class Engine(ABC):
     """Whether finding the directory takes a look at all mounts, so that it is tried last."""
     reserves: ClassVar[bool] = True
     """Whether a region has all its memory from the start."""
+    locks: ClassVar[bool] = False
+    """Whether ``locked=`` works."""
 
     variable: ClassVar[str]
     """The environment variable that names another directory for the regions."""
@@ -88,8 +90,10 @@ class Engine(ABC):
         """Whether a region of ``size`` bytes could be created by this user now."""
 
     @abstractmethod
-    def reserve(self, fd: int, size: int, name: str) -> None:
+    def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         """Give the unnamed file ``fd`` its size, rounded up to the granule, and its memory.
+
+        Memory that is ``locked`` never moves.
 
         :raises OSError: ENOSPC when it does not fit; nothing else may fail later for it.
         """
@@ -99,13 +103,16 @@ class Engine(ABC):
         """Bytes: a region's file is a multiple of this."""
         return PAGE_SIZE
 
-    def create(self, name: str, size: int, mode: int) -> None:
+    def create(self, name: str, size: int, mode: int, *, locked: bool = False) -> None:
         """Make the region ``name`` of ``size`` bytes, whole pages.
 
         :raises FileExistsError: the name is taken.
-        :raises OSError: ENOSPC when the memory is not there; ENODEV without a place for it.
+        :raises OSError: ENOSPC when the memory is not there; ENODEV without a place for it;
+            EOPNOTSUPP when this engine can't lock it.
         """
-        self._publish(name, mode, lambda fd: self.reserve(fd, size, name))
+        if locked and not self.locks:
+            raise unsupported("lock a region in memory", self.name, "msharefs", name)
+        self._publish(name, mode, lambda fd: self.reserve(fd, size, name, locked=locked))
 
     def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> None:
         """Make a file without a name, have it filled, and link it as ``name``."""
@@ -127,7 +134,7 @@ class Engine(ABC):
         finally:
             os.close(fd)
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def create_over(self, name: str, file: str | int, *, locked: bool = False) -> None:
         """Make the region ``name`` over a file, by path or descriptor.
 
         :raises OSError: EOPNOTSUPP when this engine can't.
@@ -215,10 +222,15 @@ class Engine(ABC):
         return {}
 
     def list(self) -> Iterator[Stat]:
-        """All regions of this engine, in no order."""
+        """All regions of this engine, in no order.
+
+        :raises OSError: no descriptor or memory to look for them.
+        """
         try:
             names = os.listdir(self.directory())
-        except OSError:
+        except OSError as error:
+            if error.errno in RUN_OUT:
+                raise
             return
         for name in names:
             if not name.startswith("."):
@@ -234,10 +246,16 @@ class Engine(ABC):
         os.unlink(f"{self.directory()}/{name}")
 
     def owns(self, fd: int) -> bool:
-        """Whether ``fd`` is a file of this engine's file system."""
-        with suppress(OSError):
+        """Whether ``fd`` is a file of this engine's file system.
+
+        :raises OSError: nobody can tell, for want of descriptors or memory.
+        """
+        try:
             return os.stat(self.directory()).st_dev == os.fstat(fd).st_dev
-        return False
+        except OSError as error:
+            if error.errno in RUN_OUT:
+                raise
+            return False
 
     def _is_region(self, info: os.stat_result) -> bool:
         return st.S_ISREG(info.st_mode)

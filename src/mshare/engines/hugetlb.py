@@ -18,10 +18,9 @@ from contextlib import suppress
 from typing import ClassVar
 
 from mshare.engines.base import Check, Engine
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE, human, round_up
 
 MOUNT_POINT = "/dev/hugepages"
-HUGE_PAGE = 2 << 20
 
 
 class Hugetlb(Engine):
@@ -100,7 +99,7 @@ class Hugetlb(Engine):
             return self.open(name, readonly=readonly)
         return super()._open_missing(name, readonly=readonly)
 
-    def reserve(self, fd: int, size: int, name: str) -> None:
+    def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         size = round_up(size, self.granule)
         check = self.check(size)
         if not check.works:

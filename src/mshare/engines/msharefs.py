@@ -31,12 +31,14 @@ def _iow(number: int, layout: str) -> int:
 _MAPPING = "=QQQIIIxxxx"
 _RANGE = "=QQ"
 _PROTECTION = "=QQII"
-_INFO = "=II12Q"
+_INFO = "=II13Q"
 _INFO_SIZE = struct.calcsize(_INFO)
 CREATE_MAPPING = _iow(0, _MAPPING)
 UNMAP = _iow(1, _RANGE)
 PROTECT = _iow(2, _PROTECTION)
 INFO = _iow(3, _INFO) | 2 << 30
+LOCKED = 1
+"""In the flags of INFO: the region's pages never move."""
 
 
 class Msharefs(Engine):
@@ -47,6 +49,7 @@ class Msharefs(Engine):
     variable: ClassVar[str] = "MSHARE_MSHAREFS_DIR"
     maps_files: ClassVar[bool] = True
     reserves: ClassVar[bool] = False
+    locks: ClassVar[bool] = True
 
     def directory(self) -> str:
         return self.chosen or MOUNT_POINT
@@ -73,14 +76,14 @@ class Msharefs(Engine):
             return Check(False, f"memory and swap are {human(whole)}, {human(size)} are needed")
         return Check(True, f"mounted on {directory}")
 
-    def reserve(self, fd: int, size: int, name: str) -> None:
+    def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         check = self.check(size)
         if not check.works:
             raise OSError(errno.ENOSPC, f"no room for the region: {check.why}", name)
         os.ftruncate(fd, round_up(size, self.granule))
-        self.map(fd, name, None, 0, size, 0, readonly=False)
+        self.map(fd, name, None, 0, size, 0, readonly=False, locked=locked)
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def create_over(self, name: str, file: str | int, *, locked: bool = False) -> None:
         fd = file if isinstance(file, int) else open_content(file)
         try:
             info = os.fstat(fd)
@@ -93,7 +96,7 @@ class Msharefs(Engine):
 
             def fill(region: int) -> None:
                 os.ftruncate(region, round_up(size, self.granule))
-                self.map(region, name, fd, 0, size, 0, readonly=readonly)
+                self.map(region, name, fd, 0, size, 0, readonly=readonly, locked=locked)
 
             self._publish(name, st.S_IMODE(info.st_mode) & 0o777, fill)
         finally:
@@ -110,8 +113,11 @@ class Msharefs(Engine):
         file_offset: int,
         *,
         readonly: bool,
+        locked: bool = False,
     ) -> None:
         flags = mapping.MAP_SHARED | mapping.MAP_FIXED
+        if locked or info(fd).flags & LOCKED:
+            flags |= mapping.MAP_LOCKED
         if file is None:
             flags |= mapping.MAP_ANONYMOUS
         prot = _prot(readonly)
@@ -125,6 +131,16 @@ class Msharefs(Engine):
     def protect(self, fd: int, name: str, offset: int, size: int, *, readonly: bool) -> None:
         args = struct.pack(_PROTECTION, offset, size, _prot(readonly), 0)
         _call(fd, PROTECT, args, "protect", name)
+
+    def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+        try:
+            return super().place(fd, size, readonly=readonly, address=address)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            why = "this process runs a virtual machine, which can attach only a locked region"
+            cure = "create it with locked=True"
+            raise OSError(errno.EOPNOTSUPP, f"{why}; {cure}", f"/proc/self/fd/{fd}") from None
 
     def extent(self, fd: int, size: int) -> int:
         return info(fd).mapped_end or size
@@ -155,8 +171,11 @@ def _prot(readonly: bool) -> int:
 _REASONS = {
     errno.EOPNOTSUPP: "only regular files in the page cache can be shared (no hugetlbfs, no DAX)",
     errno.EACCES: "the region, or the file, is not open for writing",
-    errno.ENOMEM: "no memory for it",
+    errno.ENOMEM: "no memory for it, or for a locked region more than ulimit -l",
     errno.EINVAL: "the kernel module refused the range",
+    errno.EBUSY: "what a locked region holds stays while a process has it attached",
+    errno.ENXIO: "the file ends before the range, and what is not there can't be locked",
+    errno.EPERM: "this user may lock no memory: see ulimit -l",
 }
 
 
@@ -188,6 +207,7 @@ def open_content(path: str) -> int:
 class Info(NamedTuple):
     """What the kernel counts for a region: bytes, slots, and events since it was made."""
 
+    flags: int
     region_size: int
     alignment: int
     attachments: int
@@ -200,9 +220,10 @@ class Info(NamedTuple):
     resident_bytes: int
     mapped_bytes: int
     mapped_end: int
+    locked_bytes: int
 
 
 def info(fd: int) -> Info:
     """The counters of the region open as ``fd``. :raises OSError: it is not of msharefs."""
-    answer = fcntl.ioctl(fd, INFO, struct.pack(_INFO, _INFO_SIZE, 0, *[0] * len(Info._fields)))
-    return Info(*struct.unpack(_INFO, answer)[2:])
+    answer = fcntl.ioctl(fd, INFO, struct.pack(_INFO, _INFO_SIZE, *[0] * len(Info._fields)))
+    return Info(*struct.unpack(_INFO, answer)[1:])

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Locked regions: all content is in memory, and stays where it is.
+ *
+ * A guest may hand its window to a second MMU (KVM) that hears of changes in the
+ * guest's mm only. What the host mm does must then never take a page away: each is
+ * pinned while it is mapped, and nothing is taken out of a locked region while it
+ * has windows. The first mapping makes a region locked or movable for good.
+ *
+ * Locks: region->layout for the list of pins and the kind, which others read
+ * without it. Pinning takes the host's mmap_lock and runs on the kernel worker;
+ * the pins count against the RLIMIT_MEMLOCK of the user who asked.
+ */
+#include <linux/cred.h>
+#include <linux/fdtable.h>
+#include <linux/magic.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/user.h>
+#include <linux/slab.h>
+#include "mshare.h"
+
+#define PIN_PAGES 500	/* the struct fills a page */
+
+/* Part of one mapping. */
+struct mshare_pin {
+	struct list_head list;		/* in region->pins */
+	struct user_struct *user;	/* NULL: the caller need not count */
+	unsigned long first;		/* page of the region */
+	unsigned long nr;		/* pages still pinned */
+	struct page *page[PIN_PAGES];
+};
+
+/* Caller's context: whose limit it is. */
+int mshare_pin_account(struct mshare_pinning *p, u64 size)
+{
+	unsigned long limit = rlimit(RLIMIT_MEMLOCK) >> PAGE_SHIFT;
+	unsigned long pages = size >> PAGE_SHIFT;
+
+	if (!can_do_mlock())
+		return -EPERM;
+	p->mm = current->mm;
+	p->task = current;
+	p->user = NULL;
+	if (capable(CAP_IPC_LOCK))
+		return 0;
+	if (atomic_long_add_return(pages, &current_user()->locked_vm) > limit) {
+		atomic_long_sub(pages, &current_user()->locked_vm);
+		return -ENOMEM;
+	}
+	p->user = get_uid(current_user());
+	p->counted = pages;
+	return 0;
+}
+
+/* What was counted and not pinned. */
+void mshare_pin_done(struct mshare_pinning *p)
+{
+	if (!p->user)
+		return;
+	atomic_long_sub(p->counted, &p->user->locked_vm);
+	free_uid(p->user);
+}
+
+static void unpin_page(struct mshare_region *r, struct mshare_pin *pin, unsigned long i)
+{
+	if (!pin->page[i])
+		return;
+	unpin_user_page(pin->page[i]);
+	pin->page[i] = NULL;
+	pin->nr--;
+	atomic64_dec(&r->locked);
+	if (pin->user)
+		atomic_long_dec(&pin->user->locked_vm);
+}
+
+void mshare_unpin(struct mshare_region *r, unsigned long offset, unsigned long size)
+{
+	unsigned long from = offset >> PAGE_SHIFT, to = from + (size >> PAGE_SHIFT), i;
+	struct mshare_pin *pin, *next;
+
+	list_for_each_entry_safe(pin, next, &r->pins, list) {
+		for (i = max(from, pin->first); i < min(to, pin->first + PIN_PAGES); i++)
+			unpin_page(r, pin, i - pin->first);
+		if (pin->nr)
+			continue;
+		list_del(&pin->list);
+		if (pin->user)
+			free_uid(pin->user);
+		kfree(pin);
+		cond_resched();
+	}
+}
+
+/* tmpfs allocates in the name of the mm that asks: the caller's, not the host's. */
+static int charge(struct mshare_region *r, unsigned long addr, unsigned long pages,
+		  struct mm_struct *payer)
+{
+	struct vm_area_struct *vma;
+	vm_fault_t ret = 0;
+
+	mmap_read_lock(r->mm);
+	vma = find_vma(r->mm, addr);
+	for (; pages && !(ret & VM_FAULT_ERROR); pages--, addr += PAGE_SIZE)
+		ret = mshare_shmem_charge(vma, addr, payer, false);
+	mmap_read_unlock(r->mm);
+	return ret & VM_FAULT_ERROR ? vm_fault_to_errno(ret, 0) : 0;
+}
+
+static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned long first,
+		    unsigned long pages)
+{
+	unsigned long addr = MSHARE_RW + (first << PAGE_SHIFT);
+	struct mshare_pin *pin;
+	int got, err;
+
+	err = charge(r, addr, pages, p->mm);
+	if (err)
+		return err;
+	pin = kzalloc(sizeof(*pin), GFP_KERNEL_ACCOUNT);
+	if (!pin)
+		return -ENOMEM;
+	pin->first = first;
+	if (p->user)
+		pin->user = get_uid(p->user);
+	list_add(&pin->list, &r->pins);
+	while (pin->nr < pages) {
+		/* reading is enough: shared memory has no page that a store would replace */
+		got = pin_user_pages_fast(addr + (pin->nr << PAGE_SHIFT), pages - pin->nr,
+					  FOLL_LONGTERM, pin->page + pin->nr);
+		if (got <= 0)
+			return got ?: -EFAULT;
+		pin->nr += got;
+		atomic64_add(got, &r->locked);
+		if (p->user)
+			p->counted -= got;
+	}
+	return 0;
+}
+
+/*
+ * On the kernel worker, with region->layout held and every guest drained. -ENXIO: a
+ * file ends before the range. On an error the caller unpins the range.
+ */
+int mshare_pin(struct mshare_region *r, struct mshare_pinning *p, u64 offset, u64 size)
+{
+	unsigned long first = offset >> PAGE_SHIFT, end = first + (size >> PAGE_SHIFT), pages;
+	int err = 0;
+
+	for (; first < end && !err; first += pages) {
+		pages = min_t(unsigned long, end - first, PIN_PAGES);
+		err = fatal_signal_pending(p->task) ? -EINTR : pin_some(r, p, first, pages);
+		cond_resched();
+	}
+	return err == -EFAULT ? -ENXIO : err;
+}
+
+/*
+ * All guests are drained: a window that is not counted yet cannot hand on a page
+ * before the thaw.
+ */
+bool mshare_keeps(struct mshare_region *r, u64 offset, u64 size)
+{
+	bool content;
+
+	if (r->kind != MSHARE_LOCKED || !atomic_read(&r->nr_windows))
+		return false;
+	mmap_read_lock(r->mm);
+	content = find_vma_intersection(r->mm, MSHARE_RW + offset, MSHARE_RW + offset + size);
+	mmap_read_unlock(r->mm);
+	return content;
+}
+
+static int is_vm(const void *unused, struct file *file, unsigned int fd)
+{
+	return file_inode(file)->i_sb->s_magic == ANON_INODE_FS_MAGIC &&
+	       !strcmp(file->f_path.dentry->d_name.name, "kvm-vm");
+}
+
+/* A process with a virtual machine may make a window its memory: only if no page of it moves. */
+bool mshare_may_attach(const struct mshare_region *r)
+{
+	return READ_ONCE(r->kind) == MSHARE_LOCKED || !iterate_fd(current->files, 0, is_vm, NULL);
+}

@@ -1,0 +1,262 @@
+"""Locked regions: all of the content is in memory, and no page of it ever moves."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import struct
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+import mshare
+from mshare.engines import msharefs
+from tests.kernel import abi
+
+SIZE = 8 << 20
+PAGE, SLOT = abi.PAGE, abi.SLOT
+LOCKED = 0x2000
+FLAGS = abi.SHARED | abi.FIXED | abi.ANONYMOUS | LOCKED
+KVM_CREATE_VM = 0xAE01
+NOBODY = 65534
+
+
+def lock(path: str, size: int = SIZE) -> int:
+    """A region with ``size`` bytes of locked memory at its start, and a hole behind."""
+    fd = abi.make(path, fill=False)
+    abi.create_mapping(fd, size=size, flags=FLAGS)
+    return fd
+
+
+def frames(address: int, size: int) -> list[int]:
+    """The page frames behind a range that was touched, from /proc/self/pagemap."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(address // PAGE * 8)
+        words = struct.unpack(f"{size // PAGE}Q", file.read(size // PAGE * 8))
+    assert all(word >> 63 for word in words)
+    return [word & (1 << 55) - 1 for word in words]
+
+
+def error_of(work: Callable[..., object], *args: object, **options: object) -> int | None:
+    """The errno a call fails with, or None."""
+    try:
+        work(*args, **options)
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def test_all_there_from_the_start(path: str) -> None:
+    """Every page is in memory before anybody attaches, and INFO says that it is locked."""
+    fd = lock(path)
+    found = msharefs.info(fd)
+    assert found.flags == msharefs.LOCKED
+    assert found.locked_bytes == found.resident_bytes == found.mapped_bytes == SIZE
+    os.close(fd)
+
+
+def test_pages_stay_where_they_are(path: str) -> None:
+    """Neither reclaim nor compaction moves a page; of others they do."""
+    fd, other = lock(path), abi.make(f"{path}-other", fill=False)
+    abi.create_mapping(other, size=SIZE)
+    windows = [abi.mmap(fd), abi.mmap(other)]
+    for window in windows:
+        abi.fill(window, SIZE)
+    before = [frames(window, SIZE) for window in windows]
+    # the root group gives up what it can: the other region goes to swap and comes back elsewhere
+    error_of(_write, "/sys/fs/cgroup/memory.reclaim", 1 << 30)
+    for _ in range(3):
+        _write("/proc/sys/vm/compact_memory", 1)
+    for window in windows:
+        abi.touch(window, 1, step=PAGE, count=SIZE // PAGE)
+    after = [frames(window, SIZE) for window in windows]
+    assert after[0] == before[0]
+    assert after[1] != before[1], "nothing was reclaimed: the test would not see a page that moves"
+    for window in windows:
+        abi.munmap(window)
+    for each in (fd, other):
+        os.close(each)
+    os.unlink(f"{path}-other")
+
+
+def _write(path: str, value: int) -> None:
+    with open(path, "w") as file:
+        file.write(str(value))
+
+
+def test_content_stays_while_attached(path: str) -> None:
+    """With a window nothing is taken or replaced, and holes can be filled; without, all goes."""
+    fd = lock(path)
+    window = abi.mmap(fd)
+    abi.put(window, b"here")
+    assert error_of(abi.unmap, fd, 0, PAGE) == errno.EBUSY
+    assert error_of(abi.protect, fd, 0, PAGE, abi.READ) == errno.EBUSY
+    assert error_of(abi.create_mapping, fd, size=2 * SIZE, flags=FLAGS) == errno.EBUSY
+    assert abi.get(window, 4) == b"here"
+    abi.create_mapping(fd, at=SIZE, size=PAGE, flags=FLAGS)
+    abi.put(window + SIZE, b"more")
+    abi.unmap(fd, 2 * SIZE, PAGE)  # a hole: nothing is taken
+    abi.munmap(window)
+    abi.protect(fd, 0, PAGE, abi.READ)
+    abi.unmap(fd, PAGE, SIZE)
+    found = msharefs.info(fd)
+    assert found.locked_bytes == found.mapped_bytes == PAGE
+    os.close(fd)
+
+
+def test_one_kind_for_good(path: str) -> None:
+    """A region is locked or movable from its first mapping on."""
+    fd, other = lock(path), abi.make(f"{path}-other")
+    assert error_of(abi.create_mapping, fd, at=SIZE, size=PAGE) == errno.EINVAL
+    assert error_of(abi.create_mapping, other, size=PAGE, flags=FLAGS) == errno.EINVAL
+    abi.unmap(fd, 0, SIZE)
+    assert error_of(abi.create_mapping, fd, size=PAGE) == errno.EINVAL
+    for each in (fd, other):
+        os.close(each)
+    os.unlink(f"{path}-other")
+
+
+def test_nothing_stays_locked(path: str) -> None:
+    """Memory goes with the region, whoever held it last."""
+    before = abi.meminfo("Shmem")
+    fd = lock(path)
+    assert abi.meminfo("Shmem") >= before + SIZE
+    child = abi.Child(lambda: abi.fill(abi.mmap(fd), SIZE))
+    child.result()
+    os.close(fd)
+    os.unlink(path)
+    assert abi.settle(lambda: abi.meminfo("Shmem"), before + (1 << 20)) <= before + (1 << 20)
+
+
+def test_file(path: str, disk: str) -> None:
+    """A file can be locked; one that ends before the range is refused and leaves a hole."""
+    name = f"{disk}/content"
+    with open(name, "wb") as file:
+        file.write(os.urandom(SIZE))
+    content = os.open(name, os.O_RDWR)
+    fd = abi.make(path, fill=False)
+    file_flags = abi.SHARED | abi.FIXED | LOCKED
+    long = {"size": SIZE + PAGE, "flags": file_flags, "fd": content}
+    assert error_of(abi.create_mapping, fd, **long) == errno.ENXIO
+    found = msharefs.info(fd)
+    assert found.mapped_bytes == found.locked_bytes == 0
+    abi.create_mapping(fd, size=SIZE, flags=file_flags, fd=content)
+    assert msharefs.info(fd).locked_bytes == SIZE
+    window = abi.mmap(fd)
+    with open(name, "rb") as file:
+        assert abi.get(window, SIZE) == file.read()
+    abi.munmap(window)
+    os.close(content)
+    os.close(fd)
+
+
+def _as_nobody(limit: int, path: str, repeat: int) -> list[int | None]:
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+    os.setuid(NOBODY)
+    errors = []
+    for _ in range(repeat):
+        fd = abi.make(path, fill=False)
+        errors.append(error_of(abi.create_mapping, fd, size=SIZE, flags=FLAGS))
+        os.close(fd)
+        os.unlink(path)
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(0, errno.EPERM), (SIZE - PAGE, errno.ENOMEM), (SIZE, None)]
+)
+def test_limit_of_the_user(path: str, limit: int, expected: int | None) -> None:
+    """RLIMIT_MEMLOCK holds for a user, and what went is no longer counted."""
+    assert abi.Child(_as_nobody, limit, path, 3).result() == [expected] * 3
+
+
+def test_limit_outlives_the_process(path: str) -> None:
+    """What a user locked counts as long as it is locked, not as long as the process lives."""
+
+    def first() -> None:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (SIZE, SIZE))
+        os.setuid(NOBODY)
+        lock(path)
+
+    abi.Child(first).result()
+    assert abi.Child(_as_nobody, SIZE, f"{path}-2", 1).result() == [errno.ENOMEM]
+    os.unlink(path)
+    assert abi.Child(_as_nobody, SIZE, f"{path}-2", 1).result() == [None]
+
+
+def test_the_caller_pays(path: str) -> None:
+    """Locked memory is charged to the group of the process that asks for it."""
+    with abi.cgroup("locker") as folder:
+
+        def work() -> int:
+            abi.enter(folder)
+            before = abi.current(folder)
+            fd = lock(path)
+            used = abi.current(folder) - before
+            os.close(fd)
+            return used
+
+        assert abi.Child(work).result() >= SIZE
+        os.unlink(path)
+
+
+def test_over_the_limit_of_a_group(path: str) -> None:
+    """A process that locks more than its group may have dies or is refused, and leaves a hole."""
+    with abi.cgroup("locker", **{"max": "16M", "swap.max": "0"}) as folder:
+        fd = abi.make(path, fill=False)
+
+        def work() -> None:
+            abi.enter(folder)
+            abi.create_mapping(fd, size=64 << 20, flags=FLAGS)
+
+        assert abi.dies_by(work) in (9, None)
+        found = msharefs.info(fd)
+        assert found.mapped_bytes == found.locked_bytes == 0
+        os.close(fd)
+
+
+def _machine() -> int:
+    """A virtual machine of this process: its descriptor."""
+    for module in ("kvm_amd", "kvm_intel"):
+        subprocess.run(["modprobe", module], check=False, capture_output=True)
+    kvm = os.open("/dev/kvm", os.O_RDWR)
+    return fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+
+
+def test_virtual_machines_need_it(path: str) -> None:
+    """A process with a virtual machine attaches a locked region, and no other."""
+    fd, other = lock(path), abi.make(f"{path}-other")
+
+    def work() -> list[int | None]:
+        _machine()
+        return [error_of(abi.mmap, fd), error_of(abi.mmap, other)]
+
+    assert abi.Child(work).result() == [None, errno.EOPNOTSUPP]
+    assert error_of(abi.mmap, other) is None
+    for each in (fd, other):
+        os.close(each)
+    os.unlink(f"{path}-other")
+
+
+def test_library(path: str) -> None:
+    """``create(locked=True)`` and its errors say what to do."""
+    name = os.path.basename(path)
+    with mshare.create(name, size=SIZE, locked=True) as region:
+        assert region.size == SIZE
+        with pytest.raises(OSError, match="while a process has it attached") as caught:
+            region.protect(0, PAGE, readonly=True)
+        assert caught.value.errno == errno.EBUSY
+        counters = msharefs.Msharefs().counters(name)
+        assert counters["locked_bytes"] == SIZE
+
+        def work() -> str:
+            _machine()
+            movable = mshare.create(f"{name}-2", size=SIZE, engine="msharefs")
+            return repr(movable)
+
+        with pytest.raises(AssertionError, match="create it with locked=True"):
+            abi.Child(work).result()
+        assert not [each for each in mshare.list() if each.name == f"{name}-2"]
