@@ -64,7 +64,7 @@ one_access = st.tuples(
 """Process, window, page, byte in it, how, and what to store or 0 to load."""
 seldom = st.integers(0, 3).map(lambda number: not number)
 advice = st.sampled_from(sorted(ADVICE))
-source = st.sampled_from(["memfd", "memfd", "memfd-ro", "tmpfs", "disk", "disk-ro"])
+source = st.sampled_from(["memfd", "memfd", "memfd-ro", "tmpfs", "disk", "disk-ro", "sealed"])
 any_source = st.sampled_from(
     ["memfd", "memfd-ro", "memfd-wo", "disk", "disk-wo", "sealed", "pipe", "device", "folder",
      "huge", "info", "closed"]

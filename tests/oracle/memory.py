@@ -84,9 +84,7 @@ class Content:
     """Somebody asked for pages to leave memory, so nobody knows how many are in it."""
 
     def page(self, number: int) -> bytearray:
-        """A page, zeros at first. ABI, Faults: past the end of a file there is none."""
-        if self.size is not None and number * PAGE >= self.size:
-            raise Fault(signal.SIGBUS)
+        """A page, zeros at first."""
         return self.pages.setdefault(number, bytearray(PAGE))
 
     def resize(self, size: int) -> None:
@@ -237,8 +235,10 @@ class Window:
     size: int
     offset: int
     writable: bool
-    inherited: bool = True
-    """Whether a child of fork gets it; MADV_DONTFORK."""
+    readable: bool = True
+    """Not so with PROT_WRITE alone: the processor reads all the same, some system calls do not."""
+    kept: dict[str, str] = field(default_factory=lambda: {"fork": "DOFORK", "read": "NORMAL"})
+    """The last advice of each kind that is kept with a window; DONTFORK: no child gets it."""
     loose: set[int] = field(default_factory=set)
     """Slots taken out of the process by MADV_DONTNEED, until the next access there."""
 
@@ -258,27 +258,37 @@ class Window:
         mine = range(self.offset // SLOT, (self.offset + self.size) // SLOT)
         return set() if self.moved_back else (self.region.layout.slots() & set(mine)) - self.loose
 
-    def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
-        """The page there, and whether the access could be a fault that is served.
+    def find(self, address: int, *, write: bool) -> tuple[Content, int]:
+        """The content there, and the number of the page in it.
 
         ABI, Faults: in a hole, and where the window or the content is read-only, SIGSEGV;
-        past the end of a file, SIGBUS. Else the page, the same one for everybody.
+        past the end of a file, SIGBUS.
+        """
+        position = self.position(address)
+        extent = self.region.layout.at(position)
+        if not extent or (write and not (self.writable and extent.writable)):
+            raise Fault(signal.SIGSEGV)
+        content, number = extent.content, (extent.offset + position - extent.start) // PAGE
+        if content.size is not None and number * PAGE >= content.size:
+            raise Fault(signal.SIGBUS)
+        return content, number
+
+    def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
+        """The page there, the same one for everybody, and whether this may be a fault served.
+
+        It is none when the entry is there, whichever process brought it in.
         """
         if self.moved_back:
             self.moved_back, self.loose = False, set()
             self.loose = self.in_place()
-        position = self.position(address)
-        number = position // PAGE
-        extent = self.region.layout.at(position)
-        if not extent or (write and not (self.writable and extent.writable)):
-            raise Fault(signal.SIGSEGV)
-        page = extent.content.page((extent.offset + position - extent.start) // PAGE)
-        entries, slot = self.region.tables[self.writable], position // SLOT
+        content, page = self.find(address, write=write)
+        number, slot = self.position(address) // PAGE, self.position(address) // SLOT
+        entries = self.region.tables[self.writable]
         ready = slot not in self.loose and number in entries and entries[number] >= write
         self.loose.discard(slot)
-        if extent.content.size is None and not extent.content.paged_out:
+        if content.size is None and not content.paged_out:
             entries[number] = entries.get(number, False) or write
-        return page, not ready
+        return content.page(page), not ready
 
 
 def populate(window: Window, address: int, size: int, *, write: bool) -> None:
@@ -288,6 +298,11 @@ def populate(window: Window, address: int, size: int, *, write: bool) -> None:
             window.access(number * PAGE, write=write)
         except Fault:
             refuse(errno.EFAULT)
+
+
+def _populate_read(window: Window, address: int, size: int) -> None:
+    refuse_if(not window.readable, errno.EINVAL)
+    populate(window, address, size, write=False)
 
 
 def _populate_write(window: Window, address: int, size: int) -> None:
@@ -322,22 +337,22 @@ def _nothing(window: Window, address: int, size: int) -> None:
     """Succeeds without effect."""
 
 
-def _as_a_whole(window: Window, address: int, size: int) -> None:
-    """Advice that is kept with a window is for all of it."""
-    refuse_if((address, size) != (window.address, window.size), errno.EINVAL)
+def _keep(kind: str, advice: str) -> Callable[[Window, int, int], None]:
+    """Advice that is kept with a window is for all of it, unless it changes nothing."""
 
+    def keep(window: Window, address: int, size: int) -> None:
+        if window.kept.get(kind) != advice:
+            refuse_if((address, size) != (window.address, window.size), errno.EINVAL)
+            window.kept[kind] = advice
 
-def _fork(window: Window, address: int, size: int, *, inherited: bool) -> None:
-    if window.inherited != inherited:
-        _as_a_whole(window, address, size)
-        window.inherited = inherited
+    return keep
 
 
 ADVICE: dict[str, Callable[[Window, int, int], None]] = {
     "DONTNEED": _let_go,
     "COLD": _page_out,
     "PAGEOUT": _page_out,
-    "POPULATE_READ": lambda window, *range: populate(window, *range, write=False),
+    "POPULATE_READ": _populate_read,
     "POPULATE_WRITE": _populate_write,
     "REMOVE": _remove,
     "FREE": _refused,
@@ -345,8 +360,13 @@ ADVICE: dict[str, Callable[[Window, int, int], None]] = {
     "DODUMP": _refused,
     "COLLAPSE": _refused,
     "MERGEABLE": _nothing,
+    "HUGEPAGE": _keep("huge", "HUGEPAGE"),
+    "NOHUGEPAGE": _keep("huge", "NOHUGEPAGE"),
+    "SEQUENTIAL": _keep("read", "SEQUENTIAL"),
+    "NORMAL": _keep("read", "NORMAL"),
+    "DONTDUMP": _nothing,
     "WILLNEED": _nothing,
-    "DONTFORK": lambda window, *range: _fork(window, *range, inherited=False),
-    "DOFORK": lambda window, *range: _fork(window, *range, inherited=True),
+    "DONTFORK": _keep("fork", "DONTFORK"),
+    "DOFORK": _keep("fork", "DOFORK"),
 }
 """What each advice does to a window. ABI, Windows."""

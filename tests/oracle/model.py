@@ -87,8 +87,9 @@ class Mount:
         old, new = self.processes[parent], self._process(self, self.processes[parent].user)
         new.descriptors = dict(old.descriptors)
         for window in old.windows:
-            if window.inherited:
-                new.attach(replace(window, loose=set(), moved_back=False))
+            if window.kept["fork"] == "DOFORK":
+                kept = dict(window.kept)
+                new.attach(replace(window, kept=kept, loose=set(), moved_back=False))
         self.processes[child] = new
 
     def kill(self, number: int) -> None:
@@ -98,7 +99,10 @@ class Mount:
             process.detach(window)
 
     def load_of(self, reader: int, owner: int, address: int, size: int) -> bytes:
-        """One process reads the memory of another, by process_vm_readv: ABI, Faults."""
+        """One process reads the memory of another of its user: as a load there, or EFAULT."""
+        user = self.processes[reader].user
+        refuse_if(user not in (0, self.processes[owner].user), errno.EPERM)
+        refuse_if(not self.processes[owner].window(address).readable, errno.EFAULT)
         return self.processes[owner].load(address, size)[0]
 
     def send(self, sender: int, handle: int, receiver: int) -> None:
@@ -396,7 +400,7 @@ class Process:
         refuse_if(not shared or not prot & RW, errno.EINVAL)
         refuse_if((address | size | offset) % SLOT, errno.EINVAL)
         refuse_if(offset + size > file.region.size, errno.EINVAL)
-        window = Window(file.region, address, size, offset, writable)
+        window = Window(file.region, address, size, offset, writable, bool(prot & READ))
         self.attach(window)
         return window
 
@@ -461,9 +465,9 @@ class Process:
         return fault
 
     def end_of(self, address: int, write: bool) -> str | None:
-        """The signal that a child of fork gets by an access."""
+        """The signal that a child of fork gets by an access, if it gets one."""
         try:
-            replace(self.window(address), loose=set()).access(address, write=write)
+            self.window(address).find(address, write=write)
         except Fault as fault:
             return fault.signal.name
         return None

@@ -39,9 +39,11 @@ from tests.oracle.memory import (
 
 CLONE, CLONE_PARENT, PRCTL, DUMPABLE = 56, 0x8000, 157, 4
 ADVICE_NUMBERS = {
-    "DONTNEED": 4, "FREE": 8, "REMOVE": 9, "DONTFORK": 10, "DOFORK": 11, "MERGEABLE": 12,
-    "DODUMP": 17, "WIPEONFORK": 18, "COLD": 20, "PAGEOUT": 21, "POPULATE_READ": 22,
-    "POPULATE_WRITE": 23, "COLLAPSE": 25, "WILLNEED": 3,
+    "NORMAL": 0, "SEQUENTIAL": 2, "DONTNEED": 4, "FREE": 8, "REMOVE": 9, "DONTFORK": 10,
+    "DOFORK": 11, "MERGEABLE": 12,
+    "HUGEPAGE": 14, "NOHUGEPAGE": 15, "DONTDUMP": 16, "DODUMP": 17, "WIPEONFORK": 18,
+    "COLD": 20, "PAGEOUT": 21, "POPULATE_READ": 22, "POPULATE_WRITE": 23, "COLLAPSE": 25,
+    "WILLNEED": 3,
 }  # fmt: skip
 TABLES_PER_WINDOW = 16 << 10
 """Page-table bytes a process may pay for a window, of whatever size: what lies above a slot."""
@@ -53,6 +55,8 @@ _with_gil = ctypes.PyDLL(None, use_errno=True)
 _with_gil.syscall.restype = ctypes.c_long
 
 
+NONE = 1 << 19
+"""A descriptor that no process has open."""
 NOMINAL = 1 << 50
 """From here on an address is a name for one that the kernel has chosen."""
 Outcome = tuple[str, Any]
@@ -146,7 +150,7 @@ class Worker:
         self.fds[handle] = fd
 
     def _fd(self, handle: int) -> int:
-        return self.fds.get(handle, -1)
+        return self.fds.get(handle, NONE)
 
     def _at(self, address: int) -> int:
         """The address meant, if it is one the kernel has chosen."""
@@ -204,7 +208,7 @@ class Worker:
     def create_mapping(
         self, handle: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
     ) -> None:
-        fd = self.sources.get(source, -1)
+        fd = self.sources.get(source, NONE)
         abi.create_mapping(self._fd(handle), at, size, prot, flags, fd, offset)
 
     def unmap(self, handle: int, at: int, size: int) -> None:
