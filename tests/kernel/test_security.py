@@ -31,7 +31,7 @@ AT_FDCWD, PERSONALITY, RENAMEAT2, USERFAULTFD = -100, 135, 316, 323
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 UFFD_USER_MODE_ONLY, UFFD_WP_ASYNC = 1, 1 << 15
 F_ADD_SEALS, SEAL_WRITE, SEAL_FUTURE_WRITE = 1033, 8, 16
-SET_FLAGS, APPEND, IMMUTABLE = 0x40086602, 0x20, 0x10
+GET_FLAGS, SET_FLAGS, APPEND, IMMUTABLE = 0x80086601, 0x40086602, 0x20, 0x10
 
 
 def become(user: int) -> None:
@@ -87,10 +87,10 @@ def folder(disk: str) -> Iterator[str]:
 def flagged(name: str, flag: int) -> Iterator[None]:
     """An inode flag, as of chattr."""
     with open(name, "rb") as file:
-        for value in (flag, 0):
-            fcntl.ioctl(file, SET_FLAGS, struct.pack("l", value))
-            if value:
-                yield
+        (own,) = struct.unpack("l", fcntl.ioctl(file, GET_FLAGS, bytes(8)))
+        fcntl.ioctl(file, SET_FLAGS, struct.pack("l", own | flag))
+        yield
+        fcntl.ioctl(file, SET_FLAGS, struct.pack("l", own))
 
 
 def plain(name: str) -> Iterator[int]:
