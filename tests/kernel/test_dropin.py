@@ -117,11 +117,11 @@ def test_all_who_map_a_file_share_its_region(file: Path) -> None:
     for child in children:
         _, faults, seen = child.result()
         assert seen == total
-        assert faults < 50
+        assert faults < 150
     first.close()
     after = counters(file)
     assert after.attachments == 0
-    assert after.faults - before.faults < 50
+    assert after.faults - before.faults < 10
     for fd in (ready, say_ready, go, say_go):
         os.close(fd)
 
@@ -202,6 +202,13 @@ def test_the_right_is_that_of_the_descriptor(file: Path) -> None:
         refused(errno.EACCES, partial(abi.mprotect, window, SLOT, RW))
         assert abi.dies_by(abi.put, window, b"x") == signal.SIGSEGV
         abi.munmap(window)
+        # root may open the region again, as any file, but what is in it is for reading
+        again = os.open(f"/proc/self/fd/{region}", RDWR)
+        window = abi.mmap(again)
+        assert abi.dies_by(abi.put, window, b"x") == signal.SIGSEGV
+        refused(errno.EPERM, partial(abi.protect, again, 0, PAGE, RW))
+        abi.munmap(window)
+        os.close(again)
 
 
 def test_another_user_gets_nothing(file: Path) -> None:
@@ -254,8 +261,10 @@ def test_nobody_changes_what_is_in_it(file: Path) -> None:
             partial(abi.protect, region, 0, PAGE, READ),
         ):
             refused(errno.EPERM, call)
-        link = partial(os.link, f"/proc/self/fd/{region}", f"{abi.MOUNT}/named")
+        mount = os.open(abi.MOUNT, os.O_PATH)
+        link = partial(os.link, f"/proc/self/fd/{region}", "named", dst_dir_fd=mount)
         refused(errno.ENOENT, partial(link, follow_symlinks=True))
+        os.close(mount)
         refused(errno.EINVAL, partial(os.ftruncate, region, SLOT))
         again = abi.mmap(region)
         abi.put(again, b"x")
@@ -289,14 +298,14 @@ def test_a_file_in_place_of_another(file: Path) -> None:
     old = reading(file)
     kept = old[:PAGE]
     fresh = file.parent / "fresh"
-    fresh.write_bytes(b"fresh" * 4 * SIZE)
+    fresh.write_bytes(b"fresh" * (SIZE // 4))
     os.replace(fresh, file)
     new = reading(file)
     assert new[:10] == b"freshfresh"
     assert old[:PAGE] == kept
-    assert len(new) == 20 * SIZE
+    assert len(new) == SIZE // 4 * 5
     os.unlink(file)
-    file.write_bytes(b"third" * SIZE)
+    file.write_bytes(b"third" * (SIZE // 4))
     assert reading(file)[:10] == b"thirdthird"
     assert new[:10] == b"freshfresh"
     old.close()
@@ -433,14 +442,16 @@ def test_memfd(disk: str) -> None:
     memory.close()
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
     refused(errno.EPERM, partial(open_file, fd, RDWR))
-    memory = mshare.mmap(fd, SIZE, access=mshare.ACCESS_READ)
+    again = os.open(f"/proc/self/fd/{fd}", RDONLY)
+    memory = mshare.mmap(again, SIZE, access=mshare.ACCESS_READ)
     assert memory.shared
     assert memory[7] == 7
     memory.close()
+    os.close(again)
     os.close(fd)
 
 
-def test_made_and_gone(file: Path) -> None:
+def test_made_and_gone(file: Path, region: int) -> None:
     """300 regions of a file, each used by a reader and a writer, leave nothing."""
 
     def use(count: int) -> None:
@@ -452,8 +463,8 @@ def test_made_and_gone(file: Path) -> None:
             reader.close()
             writer.close()
 
-    keep = abi.mmap(abi.make(f"{abi.MOUNT}/keep-{os.getpid()}"))
-    os.unlink(f"{abi.MOUNT}/keep-{os.getpid()}")
+    # The window keeps this process known to the module: forgetting a process takes its time.
+    keep = abi.mmap(region)
     use(10)
     with nothing_left(300):
         use(300)
