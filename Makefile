@@ -5,20 +5,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := 6.12 6.1
 DETECTORS := debug-6.12 debug-6.1 kcsan-6.12
-LAB_TESTS := tests/kernel tests/test_contract.py tests/test_calls.py
+LAB_TESTS := tests/kernel tests/test_contract.py tests/test_calls.py tests/test_exhaustion.py
+DURATION := 3m
+STEPS := 100000
+CALLS := 1000000
+SEED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint types unit kernel spec lab-kernels test-debug clean
+.PHONY: help setup demo test lint types unit kernel storm spec oracle fuzz lab-kernels test-debug \
+	detectors kmod-matrix clean
 
 help:
 	@echo "make demo   set up, then the main job: what sharing saves here, and in the lab"
 	@echo "make test   set up, then lint, types and all tests, those of the module on both kernels"
 	@echo "make setup  the environment in $(VENV), and Debian packages if root"
-	@echo "make kernel the tests of the module alone; KERNELS=6.1 on that one"
-	@echo "make test-debug  the same on kernels with KASAN, lockdep and KCSAN, built first: hours"
-	@echo "make spec   the models of the protocol, all of them, checked by SPIN: two minutes"
+	@echo
+	@echo "Parts of make test, and what takes longer; KERNELS=6.1 on that kernel alone:"
+	@echo "make kernel      the tests of the module"
+	@echo "make storm       processes that do everything at once to two regions; DURATION=20m"
+	@echo "make spec        the models of the protocol, all of them, checked by SPIN: minutes"
+	@echo "make oracle      the module and every engine against the reference model; STEPS=100000"
+	@echo "make fuzz        calls with any arguments, as a user without rights; CALLS=1000000"
+	@echo "make test-debug  the module on kernels with KASAN, lockdep and KCSAN, built first: hours"
+	@echo "make detectors   bugs planted in the module, and each found: an hour"
+	@echo "make kmod-matrix the module built for every kernel of its series that apt knows"
 
 setup: $(VENV)/.done
 
@@ -35,7 +47,7 @@ demo: setup
 	tools/in-lab 6.12 --memory 4G --write build -- $(BIN)/mshare bench --size 512M \
 		--engine msharefs --engine shm --plot build/pagetables-lab.svg
 
-test: lint types unit kernel
+test: lint types unit kernel storm
 
 lint: setup
 	$(BIN)/ruff check .
@@ -53,6 +65,31 @@ kernel-%: setup
 	tools/in-lab $* --memory 3G --disk 2G --swap 512M --hugepages 8 --timeout 1500 -- \
 		$(BIN)/pytest -p no:cacheprovider $(LAB_TESTS)
 
+# make storm KERNELS=debug-6.12 LAB="--memory 4G --timeout 3600" on a kernel that needs more
+storm: $(KERNELS:%=storm-%)
+
+storm-%: setup
+	$(BIN)/python -m tests.storm --build
+	tools/in-lab $* --memory 2G --disk 1G --swap 512M --timeout 1800 \
+		--kernel-args numa=fake=2 $(LAB) -- \
+		$(BIN)/python -m tests.storm --duration $(DURATION)
+
+spec: setup
+	$(BIN)/python spec/check.py
+
+oracle: $(KERNELS:%=oracle-%)
+	$(BIN)/python -m tests.oracle --library shm --steps $(STEPS) --seed $(SEED)
+	$(BIN)/python -m tests.oracle --library hugetlb --steps $(STEPS) --seed $(SEED)
+
+oracle-%: setup
+	$(BIN)/python -m tests.oracle --lab $* --steps $(STEPS) --seed $(SEED)
+
+fuzz: $(KERNELS:%=fuzz-%)
+
+fuzz-%: setup
+	tools/in-lab $* --memory 3G --timeout 7200 -- \
+		$(BIN)/python -m tests.security.run_fuzz --calls $(CALLS) --seed $(SEED)
+
 lab-kernels: $(DETECTORS:%=lab-kernel-%)
 
 lab-kernel-%:
@@ -61,11 +98,14 @@ lab-kernel-%:
 test-debug: $(DETECTORS:%=test-on-%)
 
 test-on-%: setup lab-kernel-%
-	tools/in-lab $* --memory 5G --disk 2G --swap 512M --hugepages 8 --timeout 3600 -- \
-		$(BIN)/pytest -p no:cacheprovider tests/kernel
+	tools/in-lab $* --memory 5G --disk 2G --swap 512M --hugepages 8 --timeout 7200 -- \
+		$(BIN)/pytest -p no:cacheprovider tests/kernel tests/inject
 
-spec: setup
-	$(BIN)/python spec/check.py
+detectors: setup lab-kernels
+	MSHARE_DETECTORS=1 $(BIN)/pytest tests/detectors
+
+kmod-matrix: setup
+	$(BIN)/python tools/kmod_matrix.py --write
 
 clean:
 	rm -rf $(VENV) build dist

@@ -14,9 +14,10 @@
 #include <linux/mmu_notifier.h>
 #include <linux/rmap.h>
 #include <linux/sched/coredump.h>
+#include <linux/userfaultfd_k.h>
 #include <linux/version.h>
 
-#define MSHARE_SINCE(major, minor) (LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
+#define MSHARE_SINCE(major, minor) (KERNEL_VERSION(major, minor, 0) <= LINUX_VERSION_CODE)
 
 /* 6.12: whether every table page has its own lock is a configuration symbol */
 #if MSHARE_SINCE(6, 12)
@@ -36,11 +37,15 @@
 #endif
 
 /* 6.3, 6.6: generic_fillattr() takes an idmapping, then the request mask too */
+static inline void mshare_fillattr(struct mshare_idmap *idmap, u32 mask, struct inode *inode,
+				   struct kstat *stat)
+{
 #if MSHARE_SINCE(6, 6)
-#define mshare_fillattr(idmap, mask, inode, stat) generic_fillattr(idmap, mask, inode, stat)
+	generic_fillattr(idmap, mask, inode, stat);
 #else
-#define mshare_fillattr(idmap, mask, inode, stat) generic_fillattr(idmap, inode, stat)
+	generic_fillattr(idmap, inode, stat);
 #endif
+}
 
 /* 6.7: inode times are reached through helpers only */
 static inline void mshare_inode_times(struct inode *inode, bool fresh)
@@ -147,6 +152,22 @@ static inline void mshare_init_search(struct mm_struct *mm)
 	mm->get_unmapped_area = mshare_fixed_area;
 }
 #endif
+
+/*
+ * 6.7: userfaultfd write-protects any mapping, and makes tables for it below a
+ * guest's PUD entry, where the host's or the blank ones may be. Updates of 6.12
+ * except special mappings, which windows are.
+ */
+static inline bool mshare_userfaultfd_keeps_out(void)
+{
+#if MSHARE_SINCE(6, 7) && defined(CONFIG_USERFAULTFD)
+	struct vm_area_struct vma = { .vm_flags = VM_DONTEXPAND };
+
+	return !vma_can_userfault(&vma, VM_UFFD_WP, true);
+#else
+	return true;
+#endif
+}
 
 /*
  * 6.5: page-table walkers that hold only the guest's lock survive the collapse

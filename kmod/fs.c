@@ -37,7 +37,8 @@ static int ms_fsync(struct file *file, loff_t start, loff_t end, int datasync)
 	end = min(end, size - 1);
 	if (start > end)
 		return 0;
-	return mshare_each_file(r, start, end - start + 1, datasync ? sync_data : sync_all);
+	return mshare_each_file(r, MSHARE_RW + start, end - start + 1,
+				datasync ? sync_data : sync_all);
 }
 
 static const struct file_operations file_fops;
@@ -164,7 +165,7 @@ static int ms_getattr(struct mshare_idmap *idmap, const struct path *path, struc
 
 	mshare_fillattr(idmap, mask, inode, stat);
 	if (mask & STATX_BLOCKS)
-		stat->blocks = mshare_region_resident(inode->i_private, NULL, NULL) >> 9;
+		stat->blocks = mshare_region_resident(inode->i_private, true, NULL, NULL) >> 9;
 	return 0;
 }
 
@@ -183,7 +184,7 @@ static long ms_fallocate(struct file *file, int mode, loff_t offset, loff_t len)
 	if (offset)
 		return -EINVAL;
 	inode_lock(inode);
-	err = mshare_region_set_size(inode->i_private, len);
+	err = inode_newsize_ok(inode, len) ?: mshare_region_set_size(inode->i_private, len);
 	if (!err)
 		i_size_write(inode, len);
 	inode_unlock(inode);

@@ -32,16 +32,17 @@ int mshare_make_tables(struct mm_struct *mm, unsigned long addr)
 	return apply_to_page_range(mm, addr, PAGE_SIZE, nothing, NULL);
 }
 
-/* NULL when the levels above do not exist. */
+/* NULL when the levels above do not exist. Another thread's fault may be making them. */
 pud_t *mshare_pudp(struct mm_struct *mm, unsigned long addr)
 {
-	pgd_t *pgd = pgd_offset(mm, addr);
-	p4d_t *p4d;
+	pgd_t *pgdp = pgd_offset(mm, addr);
+	pgd_t pgd = READ_ONCE(*pgdp);
+	p4d_t p4d;
 
-	if (pgd_none(*pgd))
+	if (pgd_none(pgd))
 		return NULL;
-	p4d = p4d_offset(pgd, addr);
-	return p4d_none(*p4d) ? NULL : pud_offset(p4d, addr);
+	p4d = READ_ONCE(*p4d_offset_lockless(pgdp, pgd, addr));
+	return p4d_none(p4d) ? NULL : pud_offset(&p4d, addr);
 }
 
 static void flush_cpu(void *unused)
@@ -53,18 +54,18 @@ static void flush_cpu(void *unused)
  * CPUs that run the mm are interrupted. Others find the new generation when they
  * switch to it. The increment orders the cleared entry before the read of the
  * mask, as the one in switch_mm orders the mask before the read of the generation.
+ * Once a CPU has taken the interrupt, no lockless walker of the mm is left on it that
+ * started before: those run with interrupts off.
  */
 void mshare_flush_guest(struct mm_struct *mm)
 {
+	if (mshare_planted(NO_GUEST_FLUSH))
+		return;
 	atomic64_inc_return(&mm->context.tlb_gen);
 	on_each_cpu_mask(mm_cpumask(mm), flush_cpu, NULL, true);
 }
 
-/*
- * Every CPU and every address space in its TLB. Once each CPU has taken the
- * interrupt, no lockless walker is left either that started before: those run
- * with interrupts off.
- */
+/* Every CPU and every address space in its TLB. */
 void mshare_flush_all(void)
 {
 	on_each_cpu(flush_cpu, NULL, true);
@@ -78,8 +79,11 @@ int mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	struct mshare_slot *slot = &win->slot[i];
 	int err = 0;
 
+	if (mshare_planted(UNLOCKED) && slot->state == SLOT_HOST)
+		return 0;
 	spin_lock(&win->guest->lock);
-	if (win->guest->dead || win->closing || win->frozen || win->invalidating) {
+	/* a thaw ends frozen under the region's lock, not this one */
+	if (win->guest->dead || win->closing || READ_ONCE(win->frozen) || win->invalidating) {
 		err = -EAGAIN;
 	} else if (slot->state != SLOT_HOST) {
 		/* looked up here: once closing is seen the tables may be freed */
@@ -102,6 +106,14 @@ out:
 	return err;
 }
 
+/* Once, for a fault may be filling it. */
+static pud_t read_pud(struct mm_struct *mm, unsigned long addr)
+{
+	pud_t *pudp = mshare_pudp(mm, addr);
+
+	return pudp ? READ_ONCE(*pudp) : __pud(0);
+}
+
 /* One pass over the slots; true when one has content but no PMD page in the host. */
 static bool graft_pass(struct mshare_window *win, bool make)
 {
@@ -109,7 +121,7 @@ static bool graft_pass(struct mshare_window *win, bool make)
 	unsigned long i, addr, last;
 	struct vm_area_struct *vma;
 	bool missing = false;
-	pud_t *pudp;
+	pud_t pud;
 
 	for (i = 0; i < mshare_slots(win); i++) {
 		addr = win->host + (i << SLOT_SHIFT);
@@ -117,11 +129,11 @@ static bool graft_pass(struct mshare_window *win, bool make)
 		if (!vma)
 			continue;
 		last = min(vma->vm_end, addr + SLOT_SIZE) - PAGE_SIZE;
-		pudp = mshare_pudp(mm, addr);
-		if (make && (!pudp || pud_none(*pudp)) && !mshare_make_tables(mm, last))
-			pudp = mshare_pudp(mm, addr);
-		if (pudp && !pud_none(*pudp))
-			mshare_graft(win, i, READ_ONCE(*pudp));
+		pud = read_pud(mm, addr);
+		if (make && pud_none(pud) && !mshare_make_tables(mm, last))
+			pud = read_pud(mm, addr);
+		if (!pud_none(pud))
+			mshare_graft(win, i, pud);
 		else
 			missing = true;
 		cond_resched();
@@ -130,8 +142,8 @@ static bool graft_pass(struct mshare_window *win, bool make)
 }
 
 /*
- * Graft every slot that has content. What fails, for want of memory or because
- * of a notifier range that is open, is left to the first fault.
+ * Graft every slot that has content. What fails, for want of memory, because of
+ * a notifier range that is open or of a kill, is left to the first fault.
  * Caller holds the guest's mmap_lock.
  */
 void mshare_graft_all(struct mshare_window *win)
@@ -141,13 +153,13 @@ void mshare_graft_all(struct mshare_window *win)
 
 	if (READ_ONCE(win->frozen))
 		return;
-	mmap_read_lock(mm);
+	if (mmap_read_lock_killable(mm))
+		return;
 	missing = graft_pass(win, false);
 	mmap_read_unlock(mm);
-	if (!missing)
-		return;
 	/* for write: a fault that puts a huge page there meanwhile must be kept out */
-	mmap_write_lock(mm);
+	if (!missing || mmap_write_lock_killable(mm))
+		return;
 	graft_pass(win, true);
 	mmap_write_unlock(mm);
 }
@@ -185,6 +197,8 @@ bool mshare_ungraft(struct mshare_window *win, unsigned long start, unsigned lon
 			slot->state = SLOT_BLANK;
 		}
 		spin_unlock(&mm->page_table_lock);
+		if (mshare_planted(SLEEP))
+			cond_resched();
 		changed = true;
 		if (!hosted)
 			continue;

@@ -9,6 +9,7 @@
 #include <linux/mman.h>
 #include <linux/pagemap.h>
 #include <linux/uaccess.h>
+#include <linux/user_namespace.h>
 #include "mshare.h"
 
 /* A range of whole pages inside the region. */
@@ -32,8 +33,10 @@ static int check_prot(u32 prot)
 /*
  * Content whose pages live in the page cache. Others may share or change the
  * host's page tables by themselves (hugetlb), or map what has no struct page
- * behind it (devices, DAX). An overlay can only be judged by the file below it,
- * which its mmap brings to light.
+ * behind it (devices, DAX). Any user can be the server of a FUSE file, and by
+ * not answering hold the lock of a host mm that a fault or an mmap has taken.
+ * An overlay can only be judged by the file below it, which its mmap brings to
+ * light: that mmap must not be a user's FUSE, so the overlay has to be root's.
  */
 bool mshare_file_fits(struct file *file, bool overlay)
 {
@@ -45,9 +48,10 @@ bool mshare_file_fits(struct file *file, bool overlay)
 	case TMPFS_MAGIC:
 		return true;
 	case HUGETLBFS_MAGIC:
+	case FUSE_SUPER_MAGIC:
 		return false;
 	case OVERLAYFS_SUPER_MAGIC:
-		return overlay;
+		return overlay && inode->i_sb->s_user_ns == &init_user_ns;
 	default:
 		return file->f_mapping->a_ops->read_folio;
 	}
@@ -132,7 +136,7 @@ static long info(struct mshare_region *r, void __user *arg)
 	out.locked_bytes = (u64)atomic64_read(&r->locked) << PAGE_SHIFT;
 	if (out.region_size)
 		out.pagetable_bytes = mm_pgtables_bytes(r->mm);
-	out.resident_bytes = mshare_region_resident(r, &out.mapped_bytes, &out.mapped_end);
+	out.resident_bytes = mshare_region_resident(r, true, &out.mapped_bytes, &out.mapped_end);
 	return copy_to_user(arg, &out, out.size) ? -EFAULT : 0;
 }
 

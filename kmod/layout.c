@@ -3,25 +3,36 @@
  * Layout changes: the one path that frees page tables of a host mm.
  *
  * freeze   For each guest: its mmap_lock and the VMA's lock for write, so that
- *          no walker is inside; take the host's tables out; unlock. From then on
- *          its faults wait. Windows that appear meanwhile are born frozen.
- * flush    All CPUs. The tables are now unreachable and no TLB remembers them.
+ *          no walker is inside; take the host's tables out; flush its TLBs, which
+ *          also waits for walkers without a lock; unlock. From then on its faults
+ *          wait. Windows that appear meanwhile are born frozen.
  * change   On a kernel worker, in the host mm.
  * thaw     Wake the waiting faults, then graft every guest again.
  *
  * Locks: region->layout throughout; guests' mmap_locks one at a time and never
  * while the host's is held. A killed caller stops waiting for a guest and undoes
- * the freeze.
+ * the freeze. So does one that has to wait long, and starts over when it has not.
  */
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/falloc.h>
+#include <linux/kthread.h>
 #include <linux/mman.h>
 #include <linux/pagemap.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
+
+#define PATIENCE	(HZ / 2)
+
+/* region->lock held. Those of this pass are at the end of the list. */
+static void mark(struct mshare_window *win)
+{
+	win->pass = win->region->pass;
+	list_move_tail(&win->of_region, &win->region->windows);
+}
 
 /* A window that this pass has not seen, with a reference; NULL at the end. */
 static struct mshare_window *next_window(struct mshare_region *r)
@@ -31,8 +42,7 @@ static struct mshare_window *next_window(struct mshare_region *r)
 	spin_lock(&r->lock);
 	win = list_first_entry_or_null(&r->windows, struct mshare_window, of_region);
 	if (win && win->pass != r->pass) {
-		win->pass = r->pass;
-		list_move_tail(&win->of_region, &r->windows);
+		mark(win);
 		mshare_window_get(win);
 	} else {
 		win = NULL;
@@ -42,12 +52,16 @@ static struct mshare_window *next_window(struct mshare_region *r)
 }
 
 /*
- * All of the guest's windows onto the region in one hold of its mmap_lock: a
- * fault that waits in one must not keep us from another.
+ * All of the guest's windows onto the region in one hold of its mmap_lock, which
+ * this pass then never asks for again: a fault that waits may keep it.
+ *
+ * Flushed before the lock is given up: a window that is unmapped next has nothing
+ * of the host's left to take out, so nobody else would.
  */
 static void drain(struct mshare_guest *guest, struct mshare_region *r)
 {
 	struct mshare_window *win;
+	bool changed = false;
 
 	/* the list only changes under the guest's mmap_lock, which is held */
 	list_for_each_entry(win, &guest->windows, of_guest) {
@@ -58,16 +72,21 @@ static void drain(struct mshare_guest *guest, struct mshare_region *r)
 			mshare_set_ops(win);
 		}
 		spin_lock(&guest->lock);
-		win->frozen = true;
-		mshare_ungraft(win, win->start, win->end, false);
+		WRITE_ONCE(win->frozen, true);
+		if (!mshare_planted(FREED_TABLE))
+			changed |= mshare_ungraft(win, win->start, win->end, false);
 		spin_unlock(&guest->lock);
+		spin_lock(&r->lock);
+		mark(win);
+		spin_unlock(&r->lock);
 	}
+	if (changed && !mshare_planted(NO_FREEZE_FLUSH))
+		mshare_flush_guest(guest->mn.mm);
 }
 
-static void thaw(struct mshare_region *r)
+static void release(struct mshare_region *r)
 {
 	struct mshare_window *win;
-	int err = 0;
 
 	spin_lock(&r->lock);
 	r->frozen = false;
@@ -76,6 +95,23 @@ static void thaw(struct mshare_region *r)
 		WRITE_ONCE(win->frozen, false);
 	spin_unlock(&r->lock);
 	wake_up_all(&r->thaw);
+}
+
+/*
+ * One guest's lock is not to be had, for as long as its user likes. The others
+ * need not wait for it: let them go, and begin anew when it is.
+ */
+void mshare_lose_patience(struct work_struct *work)
+{
+	release(container_of(to_delayed_work(work), struct mshare_region, patience));
+}
+
+static void thaw(struct mshare_region *r)
+{
+	struct mshare_window *win;
+	int err = 0;
+
+	release(r);
 	/* when killed, the first fault of each slot does the rest */
 	while (!err && (win = next_window(r))) {
 		err = mmap_read_lock_killable(mshare_mm(win));
@@ -93,14 +129,22 @@ static int freeze(struct mshare_region *r)
 	struct mshare_window *win;
 	int err;
 
+again:
 	spin_lock(&r->lock);
 	r->frozen = true;
 	r->pass++;
 	spin_unlock(&r->lock);
 	while ((win = next_window(r))) {
+		if (mshare_planted(LOCK_ORDER))
+			mmap_read_lock(r->mm);
+		schedule_delayed_work(&r->patience, PATIENCE);
 		err = mmap_write_lock_killable(mshare_mm(win));
+		/* from here on nobody but this thread changes r->frozen */
+		cancel_delayed_work_sync(&r->patience);
+		if (mshare_planted(LOCK_ORDER))
+			mmap_read_unlock(r->mm);
 		if (!err) {
-			if (win->vma)
+			if (win->vma && r->frozen)
 				drain(win->guest, r);
 			mmap_write_unlock(mshare_mm(win));
 		}
@@ -109,19 +153,20 @@ static int freeze(struct mshare_region *r)
 			thaw(r);
 			return err;
 		}
+		if (!r->frozen)
+			goto again;
 	}
-	mshare_flush_all();
 	return 0;
 }
 
-/* Freeze, flush, run fn in the host mm, thaw. Caller holds region->layout. */
+/* Freeze, run fn in the host mm, thaw. Caller holds region->layout. */
 static int change(struct mshare_region *r, unsigned int op,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size)
 {
 	int err = freeze(r);
 
 	if (!err) {
-		err = mshare_keeps(r, offset, size) ? -EBUSY : mshare_host_run(r, fn, arg);
+		err = mshare_keeps(r, offset, size) ? -EBUSY : mshare_host_run(r, r->mm, fn, arg);
 		atomic64_inc(&r->changes);
 		thaw(r);
 	}
@@ -164,36 +209,45 @@ struct map_args {
 	struct mshare_pinning *pinning;	/* NULL: pages may move */
 };
 
-static unsigned long map_at(struct map_args *args, unsigned long addr, unsigned long prot)
+static int map_at(struct map_args *args, unsigned long view, unsigned long prot)
 {
 	unsigned long flags = MAP_SHARED | MAP_FIXED | (args->req->flags & MAP_NORESERVE);
+	unsigned long addr = vm_mmap(args->file, view + args->req->region_offset, args->req->size,
+				     prot, flags, args->offset);
 
-	addr = vm_mmap(args->file, addr + args->req->region_offset, args->req->size, prot, flags,
-		       args->offset);
 	return IS_ERR_VALUE(addr) ? addr : 0;
 }
 
-/* Try the mapping where it does no harm, and look at what the file system made of it. */
+/*
+ * Try the mapping in an mm that goes at once, whatever comes of it, and look at
+ * what the file system made of it.
+ */
 static int try_map(struct mshare_region *r, void *data)
 {
 	struct map_args *args = data;
+	struct mm_struct *mm = mshare_host_mm();
 	struct vm_area_struct *vma;
-	int err = map_at(args, MSHARE_STAGE, args->req->prot);
+	int err;
 
-	if (err)
-		return err;
-	mmap_read_lock(r->mm);
-	vma = find_vma(r->mm, MSHARE_STAGE + args->req->region_offset);
-	/* overlayfs has put the file below in place of its own */
-	if (!vma->vm_ops || !vma->vm_ops->fault || !(vma->vm_flags & VM_MAYSHARE) ||
-	    vma->vm_flags & (VM_IO | VM_PFNMAP | VM_MIXEDMAP | VM_HUGETLB) ||
-	    !mshare_file_fits(vma->vm_file, false))
-		err = -EOPNOTSUPP;
-	else
-		args->write_notify = !(vma->vm_flags & VM_WRITE) || vma->vm_ops->page_mkwrite ||
-				     vma->vm_ops->pfn_mkwrite;
-	mmap_read_unlock(r->mm);
-	vm_munmap(MSHARE_STAGE + args->req->region_offset, args->req->size);
+	if (!mm)
+		return -ENOMEM;
+	kthread_use_mm(mm);
+	err = map_at(args, MSHARE_RW, args->req->prot);
+	if (!err) {
+		mmap_read_lock(mm);
+		vma = find_vma(mm, MSHARE_RW);
+		/* overlayfs has put the file below in place of its own */
+		if (!vma->vm_ops || !vma->vm_ops->fault || !(vma->vm_flags & VM_MAYSHARE) ||
+		    vma->vm_flags & (VM_IO | VM_PFNMAP | VM_MIXEDMAP | VM_HUGETLB) ||
+		    !mshare_file_fits(vma->vm_file, false))
+			err = -EOPNOTSUPP;
+		else
+			args->write_notify = !(vma->vm_flags & VM_WRITE) ||
+					     vma->vm_ops->page_mkwrite || vma->vm_ops->pfn_mkwrite;
+		mmap_read_unlock(mm);
+	}
+	kthread_unuse_mm(mm);
+	mmput(mm);
 	return err;
 }
 
@@ -208,44 +262,63 @@ static int free_piece(struct mshare_region *r, struct file *file, loff_t pos, lo
 	return vfs_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pos, len);
 }
 
+/* What has begun is finished: it is charged to nobody, so no limit is in its way. */
+static int finish_unmap(unsigned long addr, unsigned long size)
+{
+	struct mem_cgroup *old = set_active_memcg(NULL);
+	int err = vm_munmap(addr, size);
+
+	set_active_memcg(old);
+	return err;
+}
+
+/*
+ * The kernel replaces a range as a whole, leaves it as it was, or leaves a hole.
+ * The writable view goes first; the read-only one then still knows what was there.
+ */
 static int do_map(struct mshare_region *r, void *data)
 {
 	struct map_args *args = data;
+	unsigned long rw = MSHARE_RW + args->req->region_offset;
+	unsigned long ro = MSHARE_RO + args->req->region_offset;
+	unsigned long size = args->req->size;
+	bool kept;
 	int err;
 
 	mshare_settle(r, false);
-	mshare_unpin(r, args->req->region_offset, args->req->size);
-	mshare_each_file(r, args->req->region_offset, args->req->size, free_piece);
 	err = map_at(args, MSHARE_RW, args->req->prot);
-	if (!err)
-		err = map_at(args, MSHARE_RO, PROT_READ);
-	if (!err && args->pinning)
-		err = mshare_pin(r, args->pinning, args->req->region_offset, args->req->size);
-	if (err) {
-		/* both views or none */
-		mshare_unpin(r, args->req->region_offset, args->req->size);
-		vm_munmap(MSHARE_RW + args->req->region_offset, args->req->size);
-		vm_munmap(MSHARE_RO + args->req->region_offset, args->req->size);
+	mmap_read_lock(r->mm);
+	kept = err && find_vma_intersection(r->mm, rw, rw + size);
+	mmap_read_unlock(r->mm);
+	if (!kept) {
+		mshare_unpin(r, args->req->region_offset, size);
+		mshare_each_file(r, ro, size, free_piece);
+		err = err ?: map_at(args, MSHARE_RO, PROT_READ);
+		if (!err && args->pinning)
+			err = mshare_pin(r, args->pinning, args->req->region_offset, size);
+		if (err) {
+			/* both views or none */
+			mshare_unpin(r, args->req->region_offset, size);
+			finish_unmap(rw, size);
+			finish_unmap(ro, size);
+		}
 	}
 	mshare_settle(r, true);
 	return err;
 }
 
-/* Both steps in one hold of region->layout, which is held. */
-static int try_and_map(struct mshare_region *r, struct map_args *args)
+/* region->layout is held. */
+static int map_tried(struct mshare_region *r, struct map_args *args)
 {
 	enum mshare_kind kind = args->pinning ? MSHARE_LOCKED : MSHARE_MOVABLE;
-	const struct mshare_create *req = args->req;
 	int err;
 
 	if (r->kind != MSHARE_EMPTY && r->kind != kind)
 		return -EINVAL;
-	err = mshare_host_run(r, try_map, args);
-	if (err)
-		return err;
 	if (args->write_notify)
 		WRITE_ONCE(r->write_notify, true);
-	err = change(r, MSHAREFS_CREATE_MAPPING, do_map, args, req->region_offset, req->size);
+	err = change(r, MSHAREFS_CREATE_MAPPING, do_map, args, args->req->region_offset,
+		     args->req->size);
 	if (!err)
 		WRITE_ONCE(r->kind, kind);
 	return err;
@@ -260,7 +333,7 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 
 	if (req->flags & MAP_ANONYMOUS) {
 		/* a huge page needs the file offset and the address in step */
-		args.offset = req->region_offset & (HPAGE_PMD_SIZE - 1);
+		args.offset = req->region_offset & ~PMD_MASK;
 		args.file = mshare_shmem_file(r, req->size + args.offset,
 					      req->flags & MAP_NORESERVE ? VM_NORESERVE : 0);
 		if (IS_ERR(args.file))
@@ -274,9 +347,9 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 		if (req->flags & MAP_ANONYMOUS)
 			mapping_set_unevictable(args.file->f_mapping);
 	}
-	err = mutex_lock_killable(&r->layout);
+	err = mshare_host_run(r, NULL, try_map, &args) ?: mutex_lock_killable(&r->layout);
 	if (!err) {
-		err = try_and_map(r, &args);
+		err = map_tried(r, &args);
 		mutex_unlock(&r->layout);
 	}
 	if (args.pinning)
@@ -296,8 +369,8 @@ static int do_unmap(struct mshare_region *r, void *data)
 	err = vm_munmap(MSHARE_RO + req->region_offset, req->size);
 	if (!err) {
 		mshare_unpin(r, req->region_offset, req->size);
-		mshare_each_file(r, req->region_offset, req->size, free_piece);
-		err = vm_munmap(MSHARE_RW + req->region_offset, req->size);
+		mshare_each_file(r, MSHARE_RW + req->region_offset, req->size, free_piece);
+		err = finish_unmap(MSHARE_RW + req->region_offset, req->size);
 	}
 	mshare_settle(r, true);
 	return err;

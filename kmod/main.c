@@ -60,6 +60,10 @@ static int __init mshare_init(void)
 		pr_err("not loaded: a Xen PV guest does not own its page tables\n");
 		return -ENODEV;
 	}
+	if (!mshare_userfaultfd_keeps_out()) {
+		pr_err("not loaded: userfaultfd of this kernel changes tables of special mappings\n");
+		return -EOPNOTSUPP;
+	}
 	err = find_mm_alloc();
 	if (err) {
 		pr_err("not loaded: no probe on mm_alloc (%d); is kernel.kprobes_all disabled?\n",

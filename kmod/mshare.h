@@ -22,7 +22,9 @@
 #include <linux/mutex.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
+#include <linux/workqueue.h>
 #include "mshare_uapi.h"
+#include "plant.h"
 
 #define SLOT_SHIFT	PUD_SHIFT
 #define SLOT_SIZE	PUD_SIZE
@@ -31,14 +33,12 @@
 /*
  * Address space of a host mm. The content is mapped twice, for writable and for
  * read-only attachments. The blank slot lends its empty PMD page to slots taken
- * out of a process while others may be walking there. A file is tried in the
- * stage before it replaces anything.
+ * out of a process while others may be walking there.
  */
 #define MSHARE_BLANK	SLOT_SIZE
 #define MSHARE_MAX_SIZE	(32UL << 40)
 #define MSHARE_RW	(SLOT_SIZE << 10)
-#define MSHARE_STAGE	(MSHARE_RW + MSHARE_MAX_SIZE)
-#define MSHARE_RO	(MSHARE_STAGE + MSHARE_MAX_SIZE)
+#define MSHARE_RO	(MSHARE_RW + MSHARE_MAX_SIZE)
 
 /* Decided by the first mapping; only a locked region has pages that never move. */
 enum mshare_kind { MSHARE_EMPTY, MSHARE_MOVABLE, MSHARE_LOCKED };
@@ -56,10 +56,12 @@ struct mshare_region {
 	bool frozen;
 	unsigned int pass;		/* number of the current walk over windows */
 	wait_queue_head_t thaw;
+	struct delayed_work patience;	/* ends a freeze that waits for a guest */
 	bool write_notify;		/* some writable content starts write-protected */
 	atomic_t nr_windows;
 	atomic64_t locked;		/* pages */
 	atomic64_t grafts, ungrafts, faults, flushes, changes;
+	u64 resident;			/* bytes when they were last counted */
 	struct list_head all;		/* every region, under mshare_regions_lock */
 	struct address_space *source;	/* the file it is the region of; for good */
 	u32 access;			/* and how that is open */
@@ -138,17 +140,19 @@ int mshare_region_set_size(struct mshare_region *r, loff_t size);
 struct inode *mshare_region_find(struct super_block *sb, struct address_space *source, u32 access);
 struct inode *mshare_region_publish(struct inode *inode, struct address_space *source, u32 access);
 void mshare_region_free(struct mshare_region *r);
-u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end);
+u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end);
 u64 mshare_sb_resident(struct super_block *sb);
-int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned long size,
+int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long size,
 		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len));
-int mshare_host_run(struct mshare_region *r, int (*fn)(struct mshare_region *r, void *arg),
-		    void *arg);
+struct mm_struct *mshare_host_mm(void);
+int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
+		    int (*fn)(struct mshare_region *r, void *arg), void *arg);
 
 /* layout.c */
 int mshare_layout(struct mshare_region *r, unsigned int op,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size);
 void mshare_settle(struct mshare_region *r, bool done);
+void mshare_lose_patience(struct work_struct *work);
 int mshare_layout_map(struct mshare_region *r, struct file *file,
 		      const struct mshare_create *req);
 int mshare_layout_unmap(struct mshare_region *r, const struct mshare_unmap *req);

@@ -183,7 +183,8 @@ static void host_flush(struct mmu_notifier *mn, struct mm_struct *mm, unsigned l
 		return;
 	atomic64_inc(&r->flushes);
 	trace_mshare_flush(r, start, end);
-	mshare_flush_all();
+	if (!mshare_planted(NO_HOST_FLUSH))
+		mshare_flush_all();
 }
 
 const struct mmu_notifier_ops mshare_host_ops = {

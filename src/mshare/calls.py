@@ -14,7 +14,7 @@ import os
 from mshare import engines, mapping
 from mshare.engines import Engine
 from mshare.engines.base import exists
-from mshare.errors import invalid
+from mshare.errors import about, invalid
 from mshare.names import check_name, creating
 from mshare.region import unlink
 from mshare.sizes import MAX_SIZE, SLOT_SIZE
@@ -44,6 +44,11 @@ def mshare(name: str, addr: int, length: int, oflag: int, mode: int = 0o600) -> 
     check_name(name)
     readonly = _readonly(oflag)
     _check_range(addr, length)
+    with about(name):
+        return _share(name, addr, length, oflag, mode, readonly)
+
+
+def _share(name: str, addr: int, length: int, oflag: int, mode: int, readonly: bool) -> int:
     while True:
         if oflag & os.O_CREAT:
             with creating(name):

@@ -7,6 +7,13 @@ subclass from the errno. A value that no machine would accept is a ``ValueError`
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+RUN_OUT = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+)
+"""What a call fails with when the machine, or a limit, has no more of something."""
 
 
 class InvalidValue(OSError, ValueError):
@@ -22,3 +29,14 @@ def unsupported(what: str, engine: str, able: str, name: str) -> OSError:
     """EOPNOTSUPP for what an engine can't do, naming the engines that can."""
     message = f"engine '{engine}' can't {what} ({able} can)"
     return OSError(errno.EOPNOTSUPP, message, name)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Name the region in the error of a call that ran out of something on its way."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in RUN_OUT or error.filename == name:
+            raise
+        raise OSError(error.errno, error.strerror, name) from error

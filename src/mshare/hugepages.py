@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from mshare import engines
-from mshare.sizes import human, round_up
+from mshare.sizes import HUGE_PAGE, human, round_up
 
-HUGE_PAGE = 2 << 20
 _POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 
 

@@ -91,7 +91,7 @@ def _place_aligned(fd: int, size: int, prot: int, alignment: int) -> int:
     head = -start % alignment
     try:
         mmap(start + head, size, prot, MAP_SHARED | MAP_FIXED, fd)
-    except OSError:
+    except BaseException:
         munmap(start, size + alignment)
         raise
     if head:
@@ -112,6 +112,14 @@ def _memory_type(size: int, mapped: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
 
 
 def own(address: int, size: int, mapped: int, *, readonly: bool) -> memoryview:
-    """A view of the first ``size`` of ``mapped`` bytes; its last copy to die unmaps them all."""
-    view = memoryview(_memory_type(size, mapped).from_address(address)).cast("B")
+    """A view of the first ``size`` of ``mapped`` bytes; its last copy to die unmaps them all.
+
+    Without memory for it they are unmapped at once.
+    """
+    try:
+        memory = _memory_type(size, mapped).from_address(address)
+    except BaseException:
+        munmap(address, mapped)
+        raise
+    view = memoryview(memory).cast("B")
     return view.toreadonly() if readonly else view

@@ -18,7 +18,7 @@ from mshare import engines, mapping
 from mshare.buffer import Exporter
 from mshare.engines import Engine, Stat
 from mshare.engines.base import DEFAULT_MODE, exists
-from mshare.errors import invalid
+from mshare.errors import about, invalid
 from mshare.names import check_name, creating
 from mshare.sizes import PAGE_SIZE, region_size, round_up
 
@@ -52,11 +52,11 @@ class Region(Exporter):
             self._whole, self._mode = info.st_size, st.S_IMODE(info.st_mode)
             self._size = engine.extent(fd, self._whole)
             self._address = engine.place(fd, self._whole, readonly=readonly, address=address)
+            self._b_target = mapping.own(self._address, self._size, self._whole, readonly=readonly)
         except BaseException:
             self._fd = -1
             os.close(fd)
             raise
-        self._b_target = mapping.own(self._address, self._size, self._whole, readonly=readonly)
 
     @property
     def name(self) -> str:
@@ -296,12 +296,13 @@ def create(
         raise TypeError("a region needs a size, or backing= a file")
     bytes_ = region_size(size)
     mode = _check_mode(DEFAULT_MODE if mode is None else mode)
-    with creating(name):
-        if engines.holder(name):
-            raise exists(name)
-        chosen = engines.best(engine, bytes_, locked=locked)
-        chosen.create(name, bytes_, mode, locked=locked)
-    return _attach_created(name, chosen, address)
+    with about(name):
+        with creating(name):
+            if engines.holder(name):
+                raise exists(name)
+            chosen = engines.best(engine, bytes_, locked=locked)
+            chosen.create(name, bytes_, mode, locked=locked)
+        return _attach_created(name, chosen, address)
 
 
 def _create_over(
@@ -317,12 +318,13 @@ def _create_over(
     if size is not None or mode is not None:
         raise invalid("a region over a file has the file's size and mode; leave them out", name)
     file = backing if isinstance(backing, int) else os.fspath(backing)
-    with creating(name):
-        if engines.holder(name):
-            raise exists(name)
-        chosen = engines.best(engine, over_file=True, locked=locked)
-        chosen.create_over(name, file, locked=locked)
-    return _attach_created(name, chosen, address, maybe_readonly=True)
+    with about(name):
+        with creating(name):
+            if engines.holder(name):
+                raise exists(name)
+            chosen = engines.best(engine, over_file=True, locked=locked)
+            chosen.create_over(name, file, locked=locked)
+        return _attach_created(name, chosen, address, maybe_readonly=True)
 
 
 def _attach_created(
@@ -372,19 +374,20 @@ def attach(
     if isinstance(name, int):
         return _attach_fd(name, readonly, address)
     check_name(name)
-    found, fd = engines.open_region(name, engine, readonly=readonly)
-    return Region(name, found, fd, readonly=readonly, address=address)
+    with about(name):
+        found, fd = engines.open_region(name, engine, readonly=readonly)
+        return Region(name, found, fd, readonly=readonly, address=address)
 
 
 def _attach_fd(fd: int, readonly: bool, address: int | None) -> Region:
-    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-    name = os.path.basename(os.readlink(f"/proc/self/fd/{copy}")).removesuffix(" (deleted)")
-    access = fcntl.fcntl(copy, fcntl.F_GETFL) & os.O_ACCMODE
+    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).removesuffix(" (deleted)")
     if access == os.O_WRONLY or (access == os.O_RDONLY and not readonly):
-        os.close(copy)
         raise PermissionError(errno.EACCES, "the descriptor is not open for this access", name)
-    owner = next((engine for engine in engines.ENGINES if engine.owns(copy)), engines.ENGINES[-1])
-    return Region(name, owner, copy, readonly=readonly, address=address)
+    with about(name):
+        owner = next((each for each in engines.ENGINES if each.owns(fd)), engines.ENGINES[-1])
+        copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        return Region(name, owner, copy, readonly=readonly, address=address)
 
 
 def unlink(name: str, *, engine: str | None = None) -> None:
@@ -394,10 +397,13 @@ def unlink(name: str, *, engine: str | None = None) -> None:
     :raises PermissionError: it belongs to another user.
     """
     check_name(name)
-    found = engines.find(name, engine)
     try:
-        found.unlink(name)
-    except FileNotFoundError:
+        with about(name):
+            found = engines.find(name, engine)
+            found.unlink(name)
+    except FileNotFoundError as error:
+        if error.filename == name:
+            raise
         raise engines.missing(name) from None
     except PermissionError as error:
         message = "only its owner or root can remove the region"
@@ -407,7 +413,8 @@ def unlink(name: str, *, engine: str | None = None) -> None:
 def stat(name: str, *, engine: str | None = None) -> Stat:
     """Size, memory, owner and mode of a region. :raises FileNotFoundError: no such region."""
     check_name(name)
-    return engines.find(name, engine).stat(name)
+    with about(name):
+        return engines.find(name, engine).stat(name)
 
 
 def list(engine: str | None = None) -> builtins.list[Stat]:

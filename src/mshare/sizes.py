@@ -9,6 +9,8 @@ from typing import SupportsIndex
 from mshare.errors import invalid
 
 PAGE_SIZE = 4096
+HUGE_PAGE = 2 << 20
+"""Bytes one PMD entry covers: a huge page, or one page of PTEs."""
 SLOT_SIZE = 1 << 30
 """Bytes one PUD entry covers: the unit in which page tables are shared."""
 MAX_SIZE = 1 << 46

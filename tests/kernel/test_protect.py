@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import signal
 import threading
@@ -333,3 +334,24 @@ def test_refused_protections(region: int, prot: int) -> None:
         abi.protect(region, 0, SLOT, prot)
     abi.put(address, b"still")
     abi.munmap(address)
+
+
+@pytest.mark.parametrize("pages", [1, 4], ids=["part", "whole"])
+def test_sealed_content_stays_readonly(path: str, pages: int) -> None:
+    """What nobody may write to any more, PROTECT makes writable nowhere: EACCES."""
+    seal_against_new_writers = 0x10
+    file = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, 4 * PAGE)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seal_against_new_writers)
+    fd = abi.make(path, fill=False)
+    abi.create_mapping(fd, 0, 4 * PAGE, READ, SHARED | abi.FIXED, file)
+    for start in range(0, 4, pages):
+        with pytest.raises(PermissionError) as caught:
+            abi.protect(fd, start * PAGE, pages * PAGE, RW)
+        assert caught.value.errno == errno.EACCES
+    address = abi.mmap(fd)
+    assert abi.get(address, 4 * PAGE) == bytes(4 * PAGE)
+    assert abi.dies_by(abi.put, address, b"x") == signal.SIGSEGV
+    abi.munmap(address)
+    os.close(file)
+    os.close(fd)

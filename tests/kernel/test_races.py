@@ -411,3 +411,95 @@ def test_two_regions_changed_at_once(region: int, window: int, path: str) -> Non
         for_a_while(layout(region, "unmap"))
     os.close(other)
     os.unlink(f"{path}-2")
+
+
+def test_two_windows_of_one_process(region: int, window: int) -> None:
+    """Reads of /proc/PID/mem keep the lock of a process while they wait for a layout change.
+
+    The process has the region twice: the change must not ask for that lock a second time.
+    """
+    places = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS)).cast("Q")
+
+    def stay() -> None:
+        places[1] = abi.mmap(region, SLOT, READ)
+        places[0] = abi.mmap(region)
+        abi.forever()
+
+    child = abi.Child(stay)
+    while not places[0]:
+        time.sleep(0.01)
+
+    def look(place: int) -> Callable[[], None]:
+        def once() -> None:
+            with open(f"/proc/{child.pid}/mem", "rb", buffering=0) as memory:
+                memory.seek(places[place] + 7 * PAGE)
+                assert memory.read(PAGE) == page(7)
+
+        return once
+
+    longest = 0.0
+
+    def change() -> None:
+        nonlocal longest
+        start = time.monotonic()
+        layout(region, "map")()
+        longest = max(longest, time.monotonic() - start)
+
+    with meanwhile(look(0), look(1)):
+        for_a_while(change)
+    assert longest < 5
+    child.kill()
+
+
+def test_unmapped_in_the_middle_of_a_change(region: int, window: int) -> None:
+    """A change has drained one process and waits for another: what the first maps next is its own.
+
+    Its processor must not remember the region there.
+    """
+    place = 0x100000000000
+    state = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS))
+
+    def await_state(value: int) -> None:
+        while state[0] < value:
+            pass
+
+    def first() -> list[bytes]:
+        os.sched_setaffinity(0, {0})
+        abi.mmap(region, SLOT, RW, FIXED, place)
+        state[0] = 1
+        await_state(3)
+        touched = place + 5 * PAGE
+        assert abi.get(touched, 8) == page(5)[:8]
+        state[0] = 4
+        end = time.perf_counter() + 0.01
+        while time.perf_counter() < end:
+            pass
+        abi.munmap(place)
+        abi.mmap(-1, SLOT, RW, OVER | 0x4000, place)
+        seen = abi.get(touched, 8)
+        abi.put(touched, b"mine")
+        return [seen, abi.get(touched, 4)]
+
+    def second() -> None:
+        await_state(1)
+        size = 128 << 20
+        abi.mmap(region)
+        abi.madvise(memory := abi.anonymous(size), size, 15)
+        abi.fill(memory, size)
+        with open("/proc/self/clear_refs", "wb", buffering=0) as clear:
+            state[0] = 2
+            while True:
+                clear.write(b"4")  # takes its mmap_lock for long
+
+    for _ in range(5):
+        state[0] = 0
+        children = [abi.Child(first)]
+        os.sched_setaffinity(0, {1})
+        children.append(abi.Child(second))
+        await_state(2)
+        state[0] = 3
+        await_state(4)
+        abi.protect(region, SLOT // 2, SLOT // 2, RW)
+        os.sched_setaffinity(0, {0, 1})
+        assert children[0].result() == [bytes(8), b"mine"]
+        children[1].kill()

@@ -28,6 +28,10 @@ COMMANDS = (
     "protect",
     "bench",
     "doctor",
+    "advise",
+    "plan",
+    "top",
+    "export",
     "module",
     "lab",
 )

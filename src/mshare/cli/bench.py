@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from mshare import engines
-from mshare.cli.output import print_json, print_table, say
+from mshare.cli.output import print_json, print_table, progress_bar, say
 from mshare.errors import invalid
 from mshare.hugepages import reserved
 from mshare.sizes import human, region_size
@@ -102,15 +102,7 @@ def _usable(asked: list[str] | None, size: int) -> list[str]:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=steps)
+    with progress_bar(steps) as (bar, task):
         yield lambda text, done: bar.update(task, description=text, completed=done)
 
 

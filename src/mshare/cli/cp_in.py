@@ -39,6 +39,9 @@ def main(args: argparse.Namespace) -> int:
                 if length is not None and length > region.size:
                     raise _too_large(region, human(length))
                 copied = _copy(source, region, length)
+                if length is not None and copied < length:
+                    message = f"the input ended after {copied} of {length} bytes"
+                    raise OSError(errno.EIO, message, args.file)
         except BaseException:
             if made:
                 region.unlink()

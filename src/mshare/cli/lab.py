@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mshare.cli.output import say
 from mshare.lab import EXIT_LAB, Options, Result, command_line, run
+from mshare.lab.kmsg import kernels_races
 from mshare.sizes import parse_size
 
 SUMMARY = "boot a stock kernel with the module in QEMU and run a command there"
@@ -23,6 +24,7 @@ mshare lab exits with the command's own status (128+N for signal N), or
 124 a time limit passed; 125 the lab could not run the command"""
 
 _REPORTS_SHOWN = 5
+_RACES_SHOWN = 10
 _NO_LIMIT = 1e9
 
 
@@ -92,6 +94,13 @@ def _options(args: argparse.Namespace, terminal: tuple[int, int] | None) -> Opti
 
 def _explain(result: Result, options: Options) -> None:
     """On standard error, what went wrong apart from the command itself."""
+    if races := kernels_races(result.log):
+        say(
+            "mshare lab: races of the kernel with itself, which do not count: "
+            f"KCSAN saw {races.total()}, of {len(races)} kinds"
+        )
+        for title, times in races.most_common(_RACES_SHOWN):
+            say(f"{times:6} {title}")
     if result.reports:
         own = result.command_status
         ended = "the command did not end" if own is None else f"the command exited with {own}"

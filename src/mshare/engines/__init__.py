@@ -13,7 +13,7 @@ from mshare.engines.base import Check, Engine, Stat
 from mshare.engines.hugetlb import Hugetlb
 from mshare.engines.msharefs import Msharefs
 from mshare.engines.shm import Shm
-from mshare.errors import invalid
+from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import PAGE_SIZE
 
 ENGINES: tuple[Engine, ...] = (Msharefs(), Hugetlb(), Shm())
@@ -56,10 +56,17 @@ def best(
 
 
 def holder(name: str) -> Engine | None:
-    """The engine that holds the region ``name``, or None."""
+    """The engine that holds the region ``name``, or None.
+
+    :raises OSError: nobody can tell, for want of descriptors or memory.
+    """
     for engine in _search:
-        with suppress(OSError):
+        try:
             engine.stat(name)
+        except OSError as error:
+            if error.errno in RUN_OUT:
+                raise
+        else:
             return engine
     return None
 

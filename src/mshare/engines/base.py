@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from mshare import mapping
-from mshare.errors import invalid, unsupported
+from mshare.errors import RUN_OUT, invalid, unsupported
 from mshare.sizes import PAGE_SIZE
 
 DEFAULT_MODE = 0o600
@@ -222,10 +222,15 @@ class Engine(ABC):
         return {}
 
     def list(self) -> Iterator[Stat]:
-        """All regions of this engine, in no order."""
+        """All regions of this engine, in no order.
+
+        :raises OSError: no descriptor or memory to look for them.
+        """
         try:
             names = os.listdir(self.directory())
-        except OSError:
+        except OSError as error:
+            if error.errno in RUN_OUT:
+                raise
             return
         for name in names:
             if not name.startswith("."):
@@ -241,10 +246,16 @@ class Engine(ABC):
         os.unlink(f"{self.directory()}/{name}")
 
     def owns(self, fd: int) -> bool:
-        """Whether ``fd`` is a file of this engine's file system."""
-        with suppress(OSError):
+        """Whether ``fd`` is a file of this engine's file system.
+
+        :raises OSError: nobody can tell, for want of descriptors or memory.
+        """
+        try:
             return os.stat(self.directory()).st_dev == os.fstat(fd).st_dev
-        return False
+        except OSError as error:
+            if error.errno in RUN_OUT:
+                raise
+            return False
 
     def _is_region(self, info: os.stat_result) -> bool:
         return st.S_ISREG(info.st_mode)

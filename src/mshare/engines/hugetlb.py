@@ -18,10 +18,9 @@ from contextlib import suppress
 from typing import ClassVar
 
 from mshare.engines.base import Check, Engine
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE, human, round_up
 
 MOUNT_POINT = "/dev/hugepages"
-HUGE_PAGE = 2 << 20
 
 
 class Hugetlb(Engine):

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from mshare import mapping, memory
 from mshare.engines.base import Check, Engine, Stat, exists
-from mshare.errors import invalid, unsupported
-from mshare.sizes import PAGE_SIZE, human
+from mshare.errors import RUN_OUT, invalid, unsupported
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
 HUGE_SETTING = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
@@ -49,9 +49,9 @@ class Shm(Engine):
         available = memory.available()
         if available.bytes < size:
             return Check(False, f"{available} free, {human(size)} are needed")
-        return Check(True, f"{human(free)} free on {parent}", None, self._notes(directory))
+        return Check(True, f"{human(free)} free on {parent}", None, self._notes(directory, parent))
 
-    def _notes(self, directory: str) -> tuple[str, ...]:
+    def _notes(self, directory: str, parent: str) -> tuple[str, ...]:
         notes = []
         with suppress(OSError):
             info = os.stat(directory)
@@ -60,10 +60,10 @@ class Shm(Engine):
                     f"{directory} belongs to user {info.st_uid}, who can remove any region in it; "
                     f"as root: chown root:root {directory}"
                 )
-        if _huge_setting() in ("never", "deny"):
+        if not _huge_setting(os.stat(parent).st_dev):
             notes.append(
-                "transparent huge pages are off for shared memory; "
-                f"as root: echo advise > {HUGE_SETTING}"
+                f"transparent huge pages are off on {_mount(parent)}; "
+                f"as root: mount -o remount,huge=advise {_mount(parent)}"
             )
         return tuple(notes)
 
@@ -98,10 +98,15 @@ class Shm(Engine):
         return super()._open_missing(name, readonly=readonly)
 
     def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
-        placed = super().place(fd, size, readonly=readonly, address=address)
-        if _huge_setting() not in ("never", "deny", ""):
-            with suppress(OSError):
-                mapping.madvise(placed, size, mapping.MADV_HUGEPAGE)
+        if not _huge_setting(os.fstat(fd).st_dev):
+            return super().place(fd, size, readonly=readonly, address=address)
+        if address is None:
+            # elsewhere no huge page is used, and since 6.12 a fault makes none
+            placed = mapping.place(fd, size, readonly=readonly, alignment=HUGE_PAGE)
+        else:
+            placed = super().place(fd, size, readonly=readonly, address=address)
+        with suppress(OSError):
+            mapping.madvise(placed, size, mapping.MADV_HUGEPAGE)
         return placed
 
     def _is_region(self, info: os.stat_result) -> bool:
@@ -156,11 +161,28 @@ def _path_of(file: str | int) -> str:
 
 
 @functools.cache
-def _huge_setting() -> str:
-    """The kernel's setting for huge pages in shared memory, as this process first saw it."""
-    with suppress(OSError, IndexError), open(HUGE_SETTING) as file:
-        return file.read().split("[")[1].split("]")[0]
-    return ""
+def _huge_setting(device: int) -> str:
+    """What a tmpfs was mounted with (``huge=``), as this process first saw it; empty is never.
+
+    The machine's setting is about memory without a mount (memfd, SysV), but for ``deny`` and
+    ``force``: Documentation/admin-guide/mm/transhuge.rst.
+
+    :raises OSError: no descriptor or memory to look at it.
+    """
+    try:
+        with open(HUGE_SETTING) as file:
+            machine = file.read().split("[")[-1].split("]")[0]
+        if machine in ("deny", "force"):
+            return machine.replace("deny", "")
+        number = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo") as mounts:
+            options = next((line.split()[-1] for line in mounts if line.split()[2] == number), "")
+    except OSError as error:
+        if error.errno in RUN_OUT:
+            raise
+        return ""
+    setting = next((word for word in options.split(",") if word.startswith("huge=")), "")
+    return setting.removeprefix("huge=").replace("never", "")
 
 
 def _populate_huge(fd: int, size: int) -> None:
@@ -169,10 +191,10 @@ def _populate_huge(fd: int, size: int) -> None:
     fallocate(2) would fill it with small ones that stay small. A failure here is no loss:
     fallocate fills what is left and tells the error.
     """
-    if _huge_setting() != "advise":
+    if _huge_setting(os.fstat(fd).st_dev) != "advise":
         return
     with suppress(OSError):
-        address = mapping.place(fd, size, readonly=False)
+        address = mapping.place(fd, size, readonly=False, alignment=HUGE_PAGE)
         try:
             mapping.madvise(address, size, mapping.MADV_HUGEPAGE)
             mapping.madvise(address, size, mapping.MADV_POPULATE_WRITE)

@@ -3,11 +3,15 @@
 A report is what the kernel prints when it caught itself at a fault: WARNING, BUG, Oops,
 lockdep, a sanitizer, a hung task, a lockup. Not reports: a failed page allocation, an
 out-of-memory kill, the crash of a user program.
+
+KCSAN also finds races of the kernel with itself, many of them known and harmless. One counts
+as a report when a function of a module takes part; the others are only told of.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 _STAMP = re.compile(r"^\[\s*\d+\.\d+\](?:\[\s*[TC]\d+\])? ?")
@@ -24,8 +28,9 @@ REPORTS = tuple(
         r"\bsuspicious RCU usage\b",
         r"\binconsistent lock state\b",
         r"^INFO: trying to register non-static key",
-        # also KASAN, KCSAN, KMSAN, KFENCE, Bad page, bad page map, rss-counter, pgtables_bytes
-        r"^BUG[: ]",
+        # also KASAN, KMSAN, KFENCE, Bad page, bad page map, rss-counter, pgtables_bytes
+        r"^BUG(?!: KCSAN)[: ]",
+        r"^BUG: KCSAN: .* \[\w+\]",
         r"\bkernel BUG at\b",
         r"\bOops\b.*\[#\d+\]",
         r"\bgeneral protection fault.*\[#\d+\]",
@@ -44,6 +49,8 @@ REPORTS = tuple(
 
 #: Lines that look like a report and are not.
 ALLOWED: tuple[re.Pattern[str], ...] = ()
+
+_KERNELS_RACE = re.compile(r"^BUG: KCSAN: (?!.* \[\w+\])(.*)")
 
 _CONTEXT_BEFORE = 2
 _LENGTH = 60
@@ -90,3 +97,9 @@ def find_reports(log: str) -> list[Report]:
         reports.append(Report(title, tuple(block)))
         index = end + 1
     return reports
+
+
+def kernels_races(log: str) -> Counter[str]:
+    """Data races of the kernel without a module, and how often each was seen."""
+    found = (_KERNELS_RACE.match(message(line)) for line in log.split("\n"))
+    return Counter(match[1] for match in found if match)

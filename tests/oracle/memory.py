@@ -1,0 +1,352 @@
+"""What lies where in a region, and what an access to it gives: the inside of the model.
+
+`Content`   bytes that can be mapped: a file, or anonymous memory
+`Layout`    which content lies where in a region; what lies nowhere is a hole
+`Region`    a layout with a size, an owner and names
+`Window`    one mapping of a region in one process
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+PAGE = 4096
+SLOT = 1 << 30
+"""What one entry of the upper page tables covers; sizes, offsets and addresses are multiples."""
+MAX_SIZE = 32 << 40
+ADDRESSES = 1 << 47
+"""A process's addresses end here, less a page."""
+
+READ, WRITE, EXEC = 1, 2, 4
+RW = READ | WRITE
+SHARED, PRIVATE, FIXED, ANONYMOUS = 0x01, 0x02, 0x10, 0x20
+NORESERVE, NOREPLACE = 0x4000, 0x100000
+MAYMOVE, TO_FIXED, DONTUNMAP = 1, 2, 4
+FILE_SIZE = 8 * PAGE
+"""Of files that are mapped, at first."""
+TMPFILE = "."
+"""Instead of a name: a region without one, by O_TMPFILE."""
+
+
+class Fault(Exception):
+    """An access that ends the process: SIGSEGV or SIGBUS. A system call says EFAULT instead."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
+class Closed(Exception):
+    """The region was closed: a ValueError in the library."""
+
+
+class Readonly(Exception):
+    """A view refuses to be written to: an error of Python or NumPy, not of the memory."""
+
+
+def refuse(code: int) -> NoReturn:
+    """The call fails with ``code`` and changes nothing."""
+    raise OSError(code, os.strerror(code))
+
+
+def refuse_if(condition: object, code: int) -> None:
+    """As `refuse`, on a condition."""
+    if condition:
+        refuse(code)
+
+
+def pages(start: int, size: int) -> range:
+    """Numbers of the pages that ``size`` bytes from ``start`` lie in."""
+    return range(start // PAGE, -(-(start + size) // PAGE))
+
+
+def drop(table: dict[int, Any], numbers: range) -> None:
+    """Forget what a table has for some pages."""
+    for number in [each for each in table if each in numbers]:
+        del table[number]
+
+
+@dataclass(eq=False)
+class Content:
+    """Bytes that can be mapped, by page. A file has a size; anonymous memory has no end.
+
+    ``readable`` and ``writable`` say what the descriptor allows that a file is mapped by.
+    """
+
+    size: int | None = None
+    pages: dict[int, bytearray] = field(default_factory=dict)
+    paged_out: bool = False
+    """Somebody asked for pages to leave memory, so nobody knows how many are in it."""
+
+    def page(self, number: int) -> bytearray:
+        """A page, zeros at first. ABI, Faults: past the end of a file there is none."""
+        if self.size is not None and number * PAGE >= self.size:
+            raise Fault(signal.SIGBUS)
+        return self.pages.setdefault(number, bytearray(PAGE))
+
+    def resize(self, size: int) -> None:
+        """Cut the file, or let it grow by zeros. Sizes are whole pages here."""
+        self.size = size
+        drop(self.pages, range(size // PAGE, 1 << 63))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the ``fd`` of CREATE_MAPPING is: content, or something that cannot be shared."""
+
+    content: Content | None
+    readable: bool = True
+    writable: bool = True
+    sealed: bool = False
+    """A memfd that nobody may write to any more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """Content in a region from ``start`` to ``end``, beginning with byte ``offset`` of it."""
+
+    start: int
+    end: int
+    content: Content
+    offset: int
+    writable: bool
+    may_write: bool
+    """Whether PROTECT may make it writable: the descriptor it came from was, and no seal is."""
+
+    def part(self, start: int, end: int) -> Extent:
+        """What of it lies between ``start`` and ``end``."""
+        start, end = max(start, self.start), min(end, self.end)
+        return replace(self, start=start, end=end, offset=self.offset + start - self.start)
+
+
+class Layout:
+    """The extents of a region, in order and without overlap. The rest is hole."""
+
+    def __init__(self) -> None:
+        self.extents: list[Extent] = []
+
+    def at(self, position: int) -> Extent | None:
+        """The extent there, or None in a hole."""
+        return next((each for each in self.extents if each.start <= position < each.end), None)
+
+    def within(self, start: int, end: int) -> list[Extent]:
+        """What lies between ``start`` and ``end``, extents at its edges cut."""
+        return [
+            each.part(start, end) for each in self.extents if each.start < end > start < each.end
+        ]
+
+    def remove(self, start: int, end: int) -> None:
+        """Make a hole. Anonymous memory there is freed."""
+        for gone in self.within(start, end):
+            if gone.content.size is None:
+                drop(gone.content.pages, pages(gone.offset, gone.end - gone.start))
+        self._cut(start, end)
+
+    def _cut(self, start: int, end: int) -> None:
+        self.extents = self.within(0, start) + self.within(end, 1 << 63)
+
+    def put(self, extent: Extent) -> None:
+        """Put content in place of what is there."""
+        self._cut(extent.start, extent.end)
+        self.extents = sorted([*self.extents, extent], key=lambda each: each.start)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """INFO: what is not a hole."""
+        return sum(each.end - each.start for each in self.extents)
+
+    @property
+    def mapped_end(self) -> int:
+        """INFO: where the last extent ends."""
+        return max((each.end for each in self.extents), default=0)
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """INFO: pages in memory, if all of it is anonymous: those that were touched."""
+        contents = {each.content for each in self.extents}
+        if any(content.size is not None or content.paged_out for content in contents):
+            return None
+        return sum(len(content.pages) for content in contents) * PAGE
+
+    def slots(self) -> set[int]:
+        """Numbers of the slots that have content."""
+        return {
+            number
+            for each in self.extents
+            for number in range(each.start // SLOT, (each.end - 1) // SLOT + 1)
+        }
+
+
+@dataclass(eq=False)
+class Region:
+    """A regular file of msharefs. ABI, The file system."""
+
+    mode: int
+    owner: int
+    names: set[str]
+    linkable: bool = False
+    """Made by O_TMPFILE and not linked yet."""
+    size: int = 0
+    layout: Layout = field(default_factory=Layout)
+    layout_changes: int = 0
+    windows: list[Window] = field(default_factory=list)
+    """All windows on it, in all processes."""
+    tables: dict[bool, dict[int, bool]] = field(default_factory=lambda: {True: {}, False: {}})
+    """The one set of page tables of each view (writable or read-only): which pages it has an
+    entry for, and whether that allows writing. An access that finds its entry is no fault,
+    whoever made it."""
+
+    def check_range(self, start: int, size: int) -> None:
+        """ABI, The ioctls: whole pages, not empty, inside the region."""
+        wrong = size <= 0 or (start | size) % PAGE or start + size > self.size
+        refuse_if(wrong, errno.EINVAL)
+
+    def set_size(self, size: int) -> None:
+        """ABI, Making a region: once, a multiple of a slot."""
+        if size == self.size:
+            return
+        refuse_if(self.size or size <= 0 or size % SLOT, errno.EINVAL)
+        refuse_if(size > MAX_SIZE, errno.EFBIG)
+        self.size = size
+
+    def changed(self, start: int, size: int) -> None:
+        """A layout change was carried out: entries of the range are gone, windows in place."""
+        self.layout_changes += 1
+        for view in self.tables.values():
+            drop(view, pages(start, size))
+        for window in self.windows:
+            window.loose.clear()
+
+    @property
+    def slots_in_place(self) -> int:
+        """INFO, grafts less ungrafts: slots of windows that use the region's tables now."""
+        return sum(len(window.in_place()) for window in self.windows)
+
+
+@dataclass(eq=False)
+class Window:
+    """One mapping of a region. ABI, Windows: it stays a whole."""
+
+    region: Region
+    address: int
+    size: int
+    offset: int
+    writable: bool
+    inherited: bool = True
+    """Whether a child of fork gets it; MADV_DONTFORK."""
+    loose: set[int] = field(default_factory=set)
+    """Slots taken out of the process by MADV_DONTNEED, until the next access there."""
+
+    moved_back: bool = False
+    """An mremap that was refused half-way took all slots out; until the next access."""
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+    def position(self, address: int) -> int:
+        """Where in the region an address is."""
+        return address - self.address + self.offset
+
+    def in_place(self) -> set[int]:
+        """Slots that share the region's tables: all that have content, from mmap on."""
+        mine = range(self.offset // SLOT, (self.offset + self.size) // SLOT)
+        return set() if self.moved_back else (self.region.layout.slots() & set(mine)) - self.loose
+
+    def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
+        """The page there, and whether the access could be a fault that is served.
+
+        ABI, Faults: in a hole, and where the window or the content is read-only, SIGSEGV;
+        past the end of a file, SIGBUS. Else the page, the same one for everybody.
+        """
+        if self.moved_back:
+            self.moved_back, self.loose = False, set()
+            self.loose = self.in_place()
+        position = self.position(address)
+        number = position // PAGE
+        extent = self.region.layout.at(position)
+        if not extent or (write and not (self.writable and extent.writable)):
+            raise Fault(signal.SIGSEGV)
+        page = extent.content.page((extent.offset + position - extent.start) // PAGE)
+        entries, slot = self.region.tables[self.writable], position // SLOT
+        ready = slot not in self.loose and number in entries and entries[number] >= write
+        self.loose.discard(slot)
+        if extent.content.size is None and not extent.content.paged_out:
+            entries[number] = entries.get(number, False) or write
+        return page, not ready
+
+
+def populate(window: Window, address: int, size: int, *, write: bool) -> None:
+    """Touch each page of a range. EFAULT where an access would be a signal."""
+    for number in pages(address, size):
+        try:
+            window.access(number * PAGE, write=write)
+        except Fault:
+            refuse(errno.EFAULT)
+
+
+def _populate_write(window: Window, address: int, size: int) -> None:
+    refuse_if(not window.writable, errno.EINVAL)
+    populate(window, address, size, write=True)
+
+
+def _let_go(window: Window, address: int, size: int) -> None:
+    """DONTNEED: the process's entries go, the region's stay, and so does the content."""
+    first, last = window.position(address), window.position(address + size - 1)
+    window.loose |= set(range(first // SLOT, last // SLOT + 1)) & window.in_place()
+
+
+def _page_out(window: Window, address: int, size: int) -> None:
+    """COLD and PAGEOUT: the content may leave memory and comes back."""
+    start = window.position(address)
+    for extent in window.region.layout.within(start, start + size):
+        extent.content.paged_out = True
+    for view in window.region.tables.values():
+        drop(view, pages(start, size))
+
+
+def _remove(window: Window, address: int, size: int) -> None:
+    refuse(errno.EOPNOTSUPP if window.writable else errno.EACCES)
+
+
+def _refused(window: Window, address: int, size: int) -> None:
+    refuse(errno.EINVAL)
+
+
+def _nothing(window: Window, address: int, size: int) -> None:
+    """Succeeds without effect."""
+
+
+def _as_a_whole(window: Window, address: int, size: int) -> None:
+    """Advice that is kept with a window is for all of it."""
+    refuse_if((address, size) != (window.address, window.size), errno.EINVAL)
+
+
+def _fork(window: Window, address: int, size: int, *, inherited: bool) -> None:
+    if window.inherited != inherited:
+        _as_a_whole(window, address, size)
+        window.inherited = inherited
+
+
+ADVICE: dict[str, Callable[[Window, int, int], None]] = {
+    "DONTNEED": _let_go,
+    "COLD": _page_out,
+    "PAGEOUT": _page_out,
+    "POPULATE_READ": lambda window, *range: populate(window, *range, write=False),
+    "POPULATE_WRITE": _populate_write,
+    "REMOVE": _remove,
+    "FREE": _refused,
+    "WIPEONFORK": _refused,
+    "DODUMP": _refused,
+    "COLLAPSE": _refused,
+    "MERGEABLE": _nothing,
+    "WILLNEED": _nothing,
+    "DONTFORK": lambda window, *range: _fork(window, *range, inherited=False),
+    "DOFORK": lambda window, *range: _fork(window, *range, inherited=True),
+}
+"""What each advice does to a window. ABI, Windows."""

@@ -1,0 +1,492 @@
+"""What msharefs promises, as a program: the reference model of docs/abi.md.
+
+Read it to learn what a call does. Nothing here asks a kernel: a `Mount` is a file system with
+its regions, a `Process` has the calls, and each either answers, raises ``OSError`` with the errno
+it is refused with, or, for an access to memory, `Fault` with the signal. `machine.py` makes the
+same calls here and on a real kernel, and compares.
+
+`memory.py` has what a region and a window are, and what an access gives. Here are the calls, in
+the order of docs/abi.md, each with its refusals in the order in which they are found.
+
+What the ABI leaves open is not here: addresses the kernel chooses, counters of single faults,
+when content leaves memory. What is here is exact.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, replace
+
+from tests.oracle.memory import (
+    ADDRESSES,
+    ADVICE,
+    ANONYMOUS,
+    DONTUNMAP,
+    EXEC,
+    FIXED,
+    MAYMOVE,
+    NOREPLACE,
+    NORESERVE,
+    PAGE,
+    PRIVATE,
+    READ,
+    RW,
+    SHARED,
+    SLOT,
+    TMPFILE,
+    TO_FIXED,
+    WRITE,
+    Content,
+    Extent,
+    Fault,
+    Region,
+    Source,
+    Window,
+    populate,
+    refuse,
+    refuse_if,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Descriptor:
+    """An open file of the mount: a region, or with None the file ``mshare_info``."""
+
+    region: Region | None
+    readable: bool = True
+    writable: bool = True
+    path_only: bool = False
+
+
+class Mount:
+    """A mounted msharefs, the machine's memory, and the processes that use it."""
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        memory: int = 1 << 62,
+        over_a_part: int = errno.EINVAL,
+        process: type[Process] | None = None,
+    ) -> None:
+        self.names: dict[str, Region] = {}
+        self.sources = sources
+        self.memory = memory
+        """Memory and swap: more than that is never committed at once."""
+        self.over_a_part = over_a_part
+        """What MAP_FIXED over a part of a window is refused with: ENOMEM on 6.1."""
+        self.processes: dict[int, Process] = {}
+        self._process = process or Process
+
+    def spawn(self, number: int, user: int = 0) -> None:
+        """A process with nothing."""
+        self.processes[number] = self._process(self, user)
+
+    def fork(self, parent: int, child: int) -> None:
+        """ABI, Windows: a child has all descriptors, and all windows but those of DONTFORK."""
+        old, new = self.processes[parent], self._process(self, self.processes[parent].user)
+        new.descriptors = dict(old.descriptors)
+        for window in old.windows:
+            if window.inherited:
+                new.attach(replace(window, loose=set(), moved_back=False))
+        self.processes[child] = new
+
+    def kill(self, number: int) -> None:
+        """A process ends, however: its windows and descriptors go, nothing else."""
+        process = self.processes.pop(number)
+        for window in list(process.windows):
+            process.detach(window)
+
+    def load_of(self, reader: int, owner: int, address: int, size: int) -> bytes:
+        """One process reads the memory of another, by process_vm_readv: ABI, Faults."""
+        return self.processes[owner].load(address, size)[0]
+
+    def send(self, sender: int, handle: int, receiver: int) -> None:
+        """A descriptor goes over a socket. It is all a process needs to attach."""
+        self.processes[receiver].descriptors[handle] = self.processes[sender].descriptors[handle]
+
+    def alive(self) -> set[Region]:
+        """ABI, The file system: a region lives while it has a name, a descriptor or a window."""
+        found = set(self.names.values())
+        for process in self.processes.values():
+            found |= {each.region for each in process.descriptors.values() if each.region}
+            found |= {window.region for window in process.windows}
+        return found
+
+    def statfs(self) -> int | None:
+        """Bytes that all regions hold in memory, where that is exact."""
+        total = 0
+        for region in self.alive():
+            resident = region.layout.resident_bytes
+            if resident is None:
+                return None
+            total += resident
+        return total
+
+    def listdir(self) -> list[str]:
+        """The names, without ``mshare_info``."""
+        return sorted(self.names)
+
+
+class Process:
+    """A process: what it has open and mapped, and the calls it can make.
+
+    Descriptors go by handles that the caller chooses, so that model and kernel agree on them.
+    """
+
+    def __init__(self, mount: Mount, user: int = 0) -> None:
+        self.mount = mount
+        self.user = user
+        self.descriptors: dict[int, Descriptor] = {}
+        self.windows: list[Window] = []
+
+    # Names, modes and sizes: ABI, The file system; Making a region.
+
+    def open(self, handle: int, name: str, flags: int, mode: int) -> None:
+        """open(2), with ``TMPFILE`` for a region that has no name yet."""
+        access = flags & os.O_ACCMODE
+        readable, writable = access != os.O_WRONLY, access != os.O_RDONLY
+        region = None if name == TMPFILE else self.mount.names.get(name)
+        if name == "mshare_info":
+            refuse_if(writable and not flags & os.O_PATH, errno.EPERM)
+        elif name == TMPFILE:
+            region = Region(mode, self.user, set(), linkable=True)
+        elif not region:
+            refuse_if(not flags & os.O_CREAT, errno.ENOENT)
+            region = self.mount.names[name] = Region(mode, self.user, {name})
+        elif not flags & os.O_PATH:
+            refuse_if(flags & os.O_CREAT and flags & os.O_EXCL, errno.EEXIST)
+            wanted = 4 * readable | 2 * (writable or bool(flags & os.O_TRUNC))
+            refuse_if(not self._may(region, wanted), errno.EACCES)
+            refuse_if(flags & os.O_TRUNC and region.size, errno.EINVAL)
+        path_only = bool(flags & os.O_PATH)
+        self.descriptors[handle] = Descriptor(region, readable, writable, path_only)
+
+    def _may(self, region: Region, wanted: int) -> bool:
+        shift = 6 if self.user == region.owner else 0
+        return not self.user or (region.mode >> shift) & wanted == wanted
+
+    def close(self, handle: int) -> None:
+        """close(2)."""
+        refuse_if(handle not in self.descriptors, errno.EBADF)
+        del self.descriptors[handle]
+
+    def _file(self, handle: int) -> Descriptor:
+        found = self.descriptors.get(handle)
+        if found is None or found.path_only:
+            refuse(errno.EBADF)
+        return found
+
+    def ftruncate(self, handle: int, size: int) -> None:
+        """ftruncate(2): sets the size, which takes no memory."""
+        refuse_if(size < 0, errno.EINVAL)
+        file = self._file(handle)
+        refuse_if(not file.writable or not file.region, errno.EINVAL)
+        assert file.region
+        file.region.set_size(size)
+
+    def fallocate(self, handle: int, mode: int, offset: int, size: int) -> None:
+        """fallocate(2): the same."""
+        file = self._file(handle)
+        refuse_if(offset < 0 or size <= 0, errno.EINVAL)
+        refuse_if(not file.writable or not file.region, errno.EBADF)
+        refuse_if(mode, errno.EOPNOTSUPP)
+        assert file.region
+        refuse_if(offset, errno.EINVAL)
+        file.region.set_size(size)
+
+    def read(self, handle: int) -> None:
+        """read(2): content is reached by mmap only."""
+        refuse_if(not self._file(handle).readable, errno.EBADF)
+        refuse(errno.EINVAL)
+
+    def write(self, handle: int) -> None:
+        """write(2): as read."""
+        refuse_if(not self._file(handle).writable, errno.EBADF)
+        refuse(errno.EINVAL)
+
+    def fstat(self, handle: int) -> tuple[int, int, int, int]:
+        """Size, mode, number of names and owner."""
+        region = self._region(handle)
+        return region.size, region.mode, len(region.names), region.owner
+
+    def _region(self, handle: int) -> Region:
+        found = self.descriptors.get(handle)
+        if found is None or found.region is None:
+            refuse(errno.EBADF)
+        return found.region
+
+    def fchmod(self, handle: int, mode: int) -> None:
+        """fchmod(2): the owner's, and root's."""
+        region = self._file(handle).region
+        refuse_if(not region or self.user not in (0, region.owner), errno.EPERM)
+        assert region
+        region.mode = mode
+
+    def link(self, handle: int, name: str) -> None:
+        """linkat(2) of a descriptor: one more name, or the first after O_TMPFILE."""
+        refuse_if(handle not in self.descriptors, errno.ENOENT)
+        region = self._region(handle)
+        refuse_if(name in self.mount.names, errno.EEXIST)
+        refuse_if(not region.names and not region.linkable, errno.ENOENT)
+        region.linkable = False
+        region.names.add(name)
+        self.mount.names[name] = region
+
+    def unlink(self, name: str) -> None:
+        """unlink(2): the root is sticky, so a name is its owner's to remove."""
+        refuse_if(name not in self.mount.names, errno.ENOENT)
+        self._own(name)
+        self.mount.names.pop(name).names.discard(name)
+
+    def _own(self, name: str) -> None:
+        refuse_if(self.user not in (0, self.mount.names[name].owner), errno.EPERM)
+
+    def rename(self, old: str, new: str) -> None:
+        """rename(2): replaces what had the new name, unless it is the same region."""
+        refuse_if(old not in self.mount.names, errno.ENOENT)
+        if self.mount.names[old] is self.mount.names.get(new):
+            return
+        self._own(old)
+        if new in self.mount.names:
+            self._own(new)
+            self.mount.names.pop(new).names.discard(new)
+        region = self.mount.names[new] = self.mount.names.pop(old)
+        region.names.discard(old)
+        region.names.add(new)
+
+    # The ioctls: ABI, The ioctls; Errors.
+
+    def _layout(self, handle: int) -> Region:
+        file = self._file(handle)
+        refuse_if(not file.region, errno.ENOTTY)
+        refuse_if(not file.writable, errno.EACCES)
+        assert file.region
+        return file.region
+
+    @staticmethod
+    def _check_prot(prot: int) -> None:
+        refuse_if(prot & EXEC, errno.EPERM)
+        refuse_if(prot not in (READ, RW), errno.EINVAL)
+
+    def create_mapping(
+        self, handle: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
+    ) -> None:
+        """CREATE_MAPPING: put content into the region, in place of what is there."""
+        region = self._layout(handle)
+        region.check_range(at, size)
+        self._check_prot(prot)
+        known = SHARED | PRIVATE | FIXED | ANONYMOUS | NORESERVE
+        refuse_if(flags & ~known or flags & 3 != SHARED or not flags & FIXED, errno.EINVAL)
+        if flags & ANONYMOUS:
+            refuse_if(offset, errno.EINVAL)
+            refuse_if(size > self.mount.memory and not flags & NORESERVE, errno.ENOMEM)
+            file = Source(Content())
+        else:
+            refuse_if(offset % PAGE or offset + size >= 1 << 63, errno.EINVAL)
+            refuse_if(source not in self.mount.sources, errno.EBADF)
+            file = self.mount.sources[source]
+            denied = not file.readable or (prot & WRITE and not file.writable)
+            refuse_if(denied, errno.EACCES)
+            refuse_if(not file.content, errno.EOPNOTSUPP)
+            refuse_if(file.sealed and prot & WRITE, errno.EPERM)
+        assert file.content
+        region.layout.remove(at, at + size)
+        may_write = file.writable and not file.sealed
+        writable = bool(prot & WRITE)
+        region.layout.put(Extent(at, at + size, file.content, offset, writable, may_write))
+        region.changed(at, size)
+
+    def unmap(self, handle: int, at: int, size: int) -> None:
+        """UNMAP: make a hole."""
+        region = self._layout(handle)
+        region.check_range(at, size)
+        region.layout.remove(at, at + size)
+        region.changed(at, size)
+
+    def protect(self, handle: int, at: int, size: int, prot: int, reserved: int = 0) -> None:
+        """PROTECT: forbid or allow writing to a range; on an error what came before is done."""
+        region = self._layout(handle)
+        refuse_if(reserved, errno.EINVAL)
+        region.check_range(at, size)
+        self._check_prot(prot)
+        region.changed(at, size)
+        for part in region.layout.within(at, at + size):
+            refuse_if(prot & WRITE and not part.may_write and not part.writable, errno.EACCES)
+            if part.writable != bool(prot & WRITE):
+                region.layout.put(replace(part, writable=bool(prot & WRITE)))
+
+    def info(self, handle: int, room: int = 128) -> dict[str, int | None]:
+        """INFO: the fields that are exact, as far as they fit into ``room``."""
+        region = self._file(handle).region
+        refuse_if(not region, errno.ENOTTY)
+        assert region
+        refuse_if(room < 16, errno.EINVAL)
+        offsets: dict[str, tuple[int, int | None]] = {
+            "region_size": (8, region.size),
+            "alignment": (16, SLOT),
+            "attachments": (24, len(region.windows)),
+            "in_place": (40, region.slots_in_place),
+            "layout_changes": (64, region.layout_changes),
+            "resident_bytes": (80, region.layout.resident_bytes),
+            "mapped_bytes": (88, region.layout.mapped_bytes),
+            "mapped_end": (96, region.layout.mapped_end),
+        }
+        fields: dict[str, int | None] = {"size": min(room, 128), "flags": 0}
+        return fields | {k: v for k, (at, v) in offsets.items() if at + 8 <= room}
+
+    def ioctl(self, handle: int, number: int) -> None:
+        """A call there is not."""
+        self._file(handle)
+        refuse(errno.ENOTTY)
+
+    # Windows: ABI, Windows; Errors, mmap.
+
+    def attach(self, window: Window) -> None:
+        """The window exists from now on."""
+        self.windows.append(window)
+        window.region.windows.append(window)
+
+    def detach(self, window: Window) -> None:
+        """And no longer."""
+        self.windows.remove(window)
+        window.region.windows.remove(window)
+
+    def window(self, address: int) -> Window:
+        """The window at an address that has one."""
+        return next(each for each in self.windows if each.address <= address < each.end)
+
+    def touched(self, start: int, end: int) -> list[Window]:
+        """Windows that have a byte between two addresses."""
+        return [each for each in self.windows if each.address < end and start < each.end]
+
+    def _clear(self, start: int, size: int, code: int = errno.EINVAL) -> None:
+        """Unmap what is in a range; a window goes as a whole or the call is refused."""
+        windows = self.touched(start, start + size)
+        whole = all(start <= each.address and each.end <= start + size for each in windows)
+        refuse_if(not whole, code)
+        for each in windows:
+            self.detach(each)
+
+    def mmap(
+        self, handle: int, size: int, prot: int, flags: int, address: int, offset: int
+    ) -> Window:
+        """mmap(2). Without MAP_FIXED the kernel chooses the address, a multiple of a slot."""
+        refuse_if(offset % PAGE, errno.EINVAL)
+        file = self._file(handle)
+        refuse_if(not size, errno.EINVAL)
+        size = -(-size // PAGE) * PAGE
+        fixed = flags & (FIXED | NOREPLACE)
+        if not fixed:
+            refuse_if(size > ADDRESSES - SLOT, errno.ENOMEM)
+            address = 0
+        refuse_if(address + size > ADDRESSES - PAGE, errno.ENOMEM)
+        refuse_if(address % PAGE, errno.EINVAL)
+        taken = flags & NOREPLACE and self.touched(address, address + size)
+        refuse_if(taken, errno.EEXIST)
+        refuse_if(not flags & 3, errno.EINVAL)
+        shared, writable = flags & 3 == SHARED, bool(prot & WRITE)
+        refuse_if(shared and writable and not file.writable, errno.EACCES)
+        refuse_if(not file.readable, errno.EACCES)
+        refuse_if(prot & EXEC, errno.EPERM)
+        refuse_if(not file.region, errno.ENODEV)
+        assert file.region
+        if fixed:
+            self._clear(address, size, self.mount.over_a_part)
+        refuse_if(not shared or not prot & RW, errno.EINVAL)
+        refuse_if((address | size | offset) % SLOT, errno.EINVAL)
+        refuse_if(offset + size > file.region.size, errno.EINVAL)
+        window = Window(file.region, address, size, offset, writable)
+        self.attach(window)
+        return window
+
+    def munmap(self, address: int, size: int) -> None:
+        """munmap(2): of whole windows."""
+        refuse_if(address % PAGE or not size, errno.EINVAL)
+        self._clear(address, size)
+
+    def cover(self, address: int, size: int) -> None:
+        """mmap(2) of other memory, with MAP_FIXED, over whole windows; then munmap(2) of it."""
+        self._clear(address, size, self.mount.over_a_part)
+
+    def mremap(self, address: int, old: int, new: int, flags: int, target: int) -> None:
+        """mremap(2) of an address in a window: all of it, to another aligned address."""
+        refuse_if(flags & TO_FIXED and not flags & MAYMOVE, errno.EINVAL)
+        refuse_if(flags & DONTUNMAP and old != new, errno.EINVAL)
+        window = self.window(address)
+        if flags & TO_FIXED:
+            overlap = target < address + old and address < target + new
+            refuse_if(target % PAGE or overlap, errno.EINVAL)
+            self._clear(target, new)
+        refuse_if(new < old or flags & DONTUNMAP, errno.EINVAL)
+        refuse_if(new > old or address + old > window.end, errno.EFAULT)
+        if not flags & TO_FIXED:
+            return
+        refuse_if((address, old) != (window.address, window.size), errno.EINVAL)
+        if target % SLOT:
+            window.moved_back = True
+            refuse(errno.EINVAL)
+        window.address, window.moved_back = target, False
+        window.loose.clear()
+
+    def mprotect(self, address: int, size: int, prot: int) -> None:
+        """mprotect(2): never. A window's rights are those it was made with."""
+        more = prot & EXEC or (prot & WRITE and not self.window(address).writable)
+        refuse(errno.EACCES if more else errno.EINVAL)
+
+    def madvise(self, address: int, size: int, advice: str) -> None:
+        """madvise(2): advice changes what is in memory, not what is there."""
+        window = self.window(address)
+        ADVICE[advice](window, address, size)
+
+    def mlock(self, address: int, size: int) -> None:
+        """mlock(2): brings pages in, and locks none."""
+        window = self.window(address)
+        try:
+            populate(window, address, size, write=False)
+        except OSError:
+            refuse(errno.ENOMEM)
+
+    # Memory: ABI, Faults.
+
+    def load(self, address: int, size: int) -> tuple[bytes, bool]:
+        """Bytes of one page, and whether reading them may be a fault."""
+        page, fault = self.window(address).access(address, write=False)
+        return bytes(page[address % PAGE :][:size]), fault
+
+    def store(self, address: int, data: bytes) -> bool:
+        """Write bytes of one page; whether that may be a fault."""
+        page, fault = self.window(address).access(address, write=True)
+        page[address % PAGE : address % PAGE + len(data)] = data
+        return fault
+
+    def end_of(self, address: int, write: bool) -> str | None:
+        """The signal that a child of fork gets by an access."""
+        try:
+            replace(self.window(address), loose=set()).access(address, write=write)
+        except Fault as fault:
+            return fault.signal.name
+        return None
+
+    # Files that are mapped into regions, by read, write and ftruncate of their own.
+
+    def file_read(self, source: str, offset: int, size: int) -> bytes:
+        """pread(2) inside one page of a file: what was stored through a region is there."""
+        content = self.mount.sources[source].content
+        assert content
+        page = content.pages.get(offset // PAGE, bytes(PAGE))
+        inside = offset < (content.size or 0)
+        return bytes(page[offset % PAGE :][:size]) if inside else b""
+
+    def file_write(self, source: str, offset: int, data: bytes) -> None:
+        """pwrite(2) inside one page of a file: it is in the region at once."""
+        content = self.mount.sources[source].content
+        assert content
+        content.size = max(content.size or 0, (offset // PAGE + 1) * PAGE)
+        content.page(offset // PAGE)[offset % PAGE : offset % PAGE + len(data)] = data
+
+    def file_resize(self, source: str, size: int) -> None:
+        """ftruncate(2) of a file: what lies past the end in a region is SIGBUS."""
+        content = self.mount.sources[source].content
+        assert content
+        content.resize(size)
