@@ -67,8 +67,6 @@ static int change_in_place(struct mm_struct *mm, struct vm_area_struct *vma, uns
 {
 	int err = 0;
 
-	if ((prot & PROT_WRITE) && !(vma->vm_flags & VM_MAYWRITE))
-		return -EACCES;
 	if (has_huge(mm, vma))
 		return -EAGAIN;
 	if (prot & PROT_WRITE)
@@ -104,6 +102,8 @@ static int next_piece(struct mm_struct *mm, unsigned long addr, unsigned long en
 		p->file = get_file(vma->vm_file);
 		if (p->prot == prot)
 			err = 0;
+		else if ((prot & PROT_WRITE) && !(vma->vm_flags & VM_MAYWRITE))
+			err = -EACCES;
 		else if (p->len == vma->vm_end - vma->vm_start)
 			err = change_in_place(mm, vma, prot);
 		else

@@ -143,7 +143,19 @@ def check(scenario: Scenario, show: bool = False) -> Result:
         shutil.copy(SPEC / scenario.model, folder)
         start = time.monotonic()
         run(["spin", "-a", *symbols, scenario.model], folder)
-        run(["cc", "-O1", "-w", *kind, "-DCOLLAPSE", "-o", "pan", "pan.c"], folder)
+        run(
+            [
+                "cc",
+                "-O2" if scenario.slow else "-O0",
+                "-w",
+                *kind,
+                "-DCOLLAPSE",
+                "-o",
+                "pan",
+                "pan.c",
+            ],
+            folder,
+        )
         output = run(["./pan", *search, "-m1000000", "-n"], folder)
         seconds = time.monotonic() - start
         errors = re.search(r"errors: (\d+)", output)

@@ -25,6 +25,8 @@ from tests.kernel.test_lifetime import module_users, nothing_left
 
 KNOBS = "/sys/kernel/debug"
 PROCESS_VM_WRITEV = 311
+MOST = 2000
+"""More allocations than a call makes that is walked to its end."""
 TIMES = int(os.environ.get("MSHARE_INJECT_TIMES", "20"))
 """How often each allocation fails: what leaks one object each time is then found.
 
@@ -204,15 +206,16 @@ def walk(
     failed: Callable[[int], None],
     *,
     times: int = 1,
-    most: int = 2000,
+    until: int | None = None,
 ) -> Walk:
     """Fail each allocation of ``call`` in turn, until it makes no more; each ``times`` times.
 
+    :param until: the last one to fail, of a call that makes many that are not about mshare.
     :param done: undoes what a call that succeeded did, with what it returned.
     :param failed: checks what a call that failed left, with its errno.
     """
     told = Walk()
-    for nth in range(1, most):
+    for nth in range(1, (until or MOST) + 1):
         reached = False
         for _ in range(times):
             outcome = where.run(nth, call)
@@ -228,10 +231,10 @@ def walk(
             else:
                 done(outcome.value)
         if not reached:
-            told.last = nth - 1
-            print(told)
             return told
-    raise AssertionError(f"more than {most} allocations")
+        told.last = nth
+    assert until, f"more than {MOST} allocations"
+    return told
 
 
 def put_safely(address: int, data: bytes) -> None:
@@ -265,6 +268,7 @@ def check(
     done: Callable[[Any], None],
     failed: Callable[[int], None],
     errors: Container[int] = (errno.ENOMEM,),
+    until: int | None = None,
 ) -> None:
     """Walk once, then again with every failure often enough for a leak to show.
 
@@ -276,9 +280,10 @@ def check(
         failed(code)
 
     with place(kind) as where:
-        walk(where, call, done, told)
+        walk(where, call, done, told, until=until)
         with nothing_left(3 * TIMES if TIMES >= 20 else 0):
-            WALKS.append((current_test(), kind, walk(where, call, done, told, times=TIMES)))
+            walked = walk(where, call, done, told, times=TIMES, until=until)
+    WALKS.append((current_test(), kind, walked))
 
 
 def current_test() -> str:

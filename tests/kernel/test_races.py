@@ -268,9 +268,9 @@ def test_hundreds_exit_at_once(region: int, window: int) -> None:
     os.killpg(child.pid, signal.SIGKILL)
     layout(region, "unmap")()
     child.signal()
-    assert abi.settle(lambda: info(region).attachments, 1) == 1
+    assert abi.settle(lambda: info(region).attachments, 1, seconds=60) == 1
     limit = before + (256 << 10)
-    assert abi.settle(lambda: abi.meminfo("PageTables"), limit) <= limit
+    assert abi.settle(lambda: abi.meminfo("PageTables"), limit, seconds=60) <= limit
 
 
 def test_futex_across_windows(region: int, window: int) -> None:

@@ -67,7 +67,7 @@ struct control {
 	_Atomic uint32_t done[OBJECTS][OBJECT_PAGES];
 };
 
-/* Names in counts.py, in this order. */
+/* Names in control.py, in this order. */
 enum { ATTACHES, FORKS, CHECKS, STORES, DENIED, LAYOUTS, CHILDREN_KILLED, MOVES, WALKS, CROWDS, POISON };
 
 enum kind { OWNED, HOLE, CUT, SPARSE, POISONABLE };
