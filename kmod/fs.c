@@ -90,6 +90,16 @@ static struct inode *make_region(struct mshare_idmap *idmap, struct inode *dir, 
 	return inode;
 }
 
+/* One that never gets a name, and that nobody opens but by asking for it. */
+struct inode *mshare_region_inode(struct super_block *sb)
+{
+	struct inode *inode = make_region(&mshare_no_idmap, d_inode(sb->s_root), 0);
+
+	if (!IS_ERR(inode))
+		clear_nlink(inode);
+	return inode;
+}
+
 static int ms_create(struct mshare_idmap *idmap, struct inode *dir, struct dentry *dentry,
 		     umode_t mode, bool excl)
 {
@@ -200,9 +210,16 @@ static ssize_t alignment_read(struct file *file, char __user *buf, size_t len, l
 	return simple_read_from_buffer(buf, len, pos, text, n);
 }
 
-static const struct file_operations alignment_fops = {
+static long control_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	return cmd == MSHAREFS_OPEN_FILE ? mshare_open_file(file, (void __user *)arg) : -ENOTTY;
+}
+
+static const struct file_operations control_fops = {
 	.owner = THIS_MODULE,
 	.read = alignment_read,
+	.unlocked_ioctl = control_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
 	.llseek = default_llseek,
 };
 
@@ -253,7 +270,7 @@ static int ms_fill_super(struct super_block *sb, struct fs_context *fc)
 	inode = make_inode(idmap, sb, NULL, S_IFREG | 0444);
 	if (!inode)
 		return -ENOMEM;
-	inode->i_fop = &alignment_fops;
+	inode->i_fop = &control_fops;
 	inode->i_flags |= S_IMMUTABLE;
 	dentry = d_alloc_name(sb->s_root, "mshare_info");
 	if (!dentry) {

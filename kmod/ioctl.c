@@ -151,6 +151,8 @@ long mshare_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 	case MSHAREFS_PROTECT:
 		if (!(file->f_mode & FMODE_WRITE))
 			return -EACCES;
+		if (r->source)
+			return -EPERM;	/* others rely on what is in it */
 	}
 	switch (cmd) {
 	case MSHAREFS_CREATE_MAPPING:

@@ -63,6 +63,9 @@ struct mshare_region {
 	atomic64_t grafts, ungrafts, faults, flushes, changes;
 	u64 resident;			/* bytes when they were last counted */
 	struct list_head all;		/* every region, under mshare_regions_lock */
+	struct address_space *source;	/* the file it is the region of; for good */
+	u32 access;			/* and how that is open */
+	struct inode *inode;		/* its own, while it has a source */
 	struct super_block *sb;
 };
 
@@ -123,6 +126,7 @@ static inline unsigned long mshare_size(const struct mshare_region *r)
 /* fs.c */
 extern struct file_system_type mshare_fs_type;
 bool mshare_is_region(struct file *file);
+struct inode *mshare_region_inode(struct super_block *sb);
 
 /* ioctl.c */
 bool mshare_file_fits(struct file *file, bool overlay);
@@ -133,6 +137,8 @@ int mshare_region_init(void);
 void mshare_region_exit(void);
 struct mshare_region *mshare_region_new(struct super_block *sb);
 int mshare_region_set_size(struct mshare_region *r, loff_t size);
+struct inode *mshare_region_find(struct super_block *sb, struct address_space *source, u32 access);
+struct inode *mshare_region_publish(struct inode *inode, struct address_space *source, u32 access);
 void mshare_region_free(struct mshare_region *r);
 u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end);
 u64 mshare_sb_resident(struct super_block *sb);
@@ -200,6 +206,9 @@ struct file *mshare_shmem_file(struct mshare_region *r, unsigned long size, unsi
 bool mshare_shmem_owned(struct mshare_region *r, struct file *file);
 vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
 			       struct mm_struct *guest, bool write);
+
+/* source.c */
+long mshare_open_file(struct file *control, void __user *arg);
 
 /* main.c */
 struct mm_struct *mshare_mm_alloc(void);

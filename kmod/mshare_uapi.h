@@ -67,6 +67,15 @@ struct mshare_info {
 	__u64 reserved[2];	/* 0 */
 };
 
+/*
+ * Get the region of a file: the one that all who ask for this file share. The
+ * call is made on mshare_info. It returns a new descriptor, with FD_CLOEXEC.
+ */
+struct mshare_file {
+	__u32 fd;		/* the file, open for reading, or for both */
+	__u32 access;		/* O_RDONLY or O_RDWR */
+};
+
 /* All content of the region is in memory and stays where it is. */
 #define MSHARE_INFO_LOCKED	1
 
@@ -74,5 +83,6 @@ struct mshare_info {
 #define MSHAREFS_UNMAP		_IOW('x', 1, struct mshare_unmap)
 #define MSHAREFS_PROTECT	_IOW('x', 2, struct mshare_protect)
 #define MSHAREFS_INFO		_IOWR('x', 3, struct mshare_info)
+#define MSHAREFS_OPEN_FILE	_IOW('x', 4, struct mshare_file)
 
 #endif /* _UAPI_MSHARE_H */

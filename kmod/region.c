@@ -188,6 +188,50 @@ struct mshare_region *mshare_region_new(struct super_block *sb)
 	return r;
 }
 
+static struct inode *find_source(struct super_block *sb, struct address_space *source, u32 access)
+{
+	struct mshare_region *r;
+	struct inode *inode;
+
+	list_for_each_entry(r, &mshare_regions, all) {
+		if (r->source != source || r->access != access || r->sb != sb)
+			continue;
+		inode = igrab(r->inode);	/* NULL: its last user has just gone */
+		if (inode)
+			return inode;
+	}
+	return NULL;
+}
+
+/* The inode of the region of a file, with a reference, or NULL. */
+struct inode *mshare_region_find(struct super_block *sb, struct address_space *source, u32 access)
+{
+	struct inode *inode;
+
+	mutex_lock(&mshare_regions_lock);
+	inode = find_source(sb, source, access);
+	mutex_unlock(&mshare_regions_lock);
+	return inode;
+}
+
+/* From now on the region is found, unless another was first: the one to use. */
+struct inode *mshare_region_publish(struct inode *inode, struct address_space *source, u32 access)
+{
+	struct mshare_region *r = inode->i_private;
+	struct inode *first;
+
+	mutex_lock(&mshare_regions_lock);
+	first = find_source(inode->i_sb, source, access);
+	if (!first) {
+		r->inode = inode;
+		r->access = access;
+		r->source = source;
+		first = inode;
+	}
+	mutex_unlock(&mshare_regions_lock);
+	return first;
+}
+
 /* The inode is going: no name, no open file, no window. Never fails, waits for no process. */
 void mshare_region_free(struct mshare_region *r)
 {

@@ -10,22 +10,44 @@
 kernel proposal it grew from. :mod:`mshare.pagetables` shows what page tables cost.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from mshare.calls import mshare, mshare_unlink
+from mshare.dropin import ACCESS_COPY, ACCESS_DEFAULT, ACCESS_READ, ACCESS_WRITE, mmap
 from mshare.engines.base import Stat
 from mshare.errors import InvalidValue
 from mshare.region import Region, attach, create, list, stat, unlink
 
+if TYPE_CHECKING:
+    from mshare.arrays import SharedArray, share
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACCESS_COPY",
+    "ACCESS_DEFAULT",
+    "ACCESS_READ",
+    "ACCESS_WRITE",
     "InvalidValue",
     "Region",
+    "SharedArray",
     "Stat",
     "attach",
     "create",
     "list",
+    "mmap",
     "mshare",
     "mshare_unlink",
+    "share",
     "stat",
     "unlink",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs NumPy comes with its first use."""
+    if name in ("SharedArray", "share"):
+        from mshare import arrays
+
+        return getattr(arrays, name)
+    raise AttributeError(f"module 'mshare' has no attribute '{name}'")

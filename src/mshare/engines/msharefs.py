@@ -32,11 +32,13 @@ _MAPPING = "=QQQIIIxxxx"
 _RANGE = "=QQ"
 _PROTECTION = "=QQII"
 _INFO = "=II13Q"
+_FILE = "=II"
 _INFO_SIZE = struct.calcsize(_INFO)
 CREATE_MAPPING = _iow(0, _MAPPING)
 UNMAP = _iow(1, _RANGE)
 PROTECT = _iow(2, _PROTECTION)
 INFO = _iow(3, _INFO) | 2 << 30
+OPEN_FILE = _iow(4, _FILE)
 LOCKED = 1
 """In the flags of INFO: the region's pages never move."""
 
@@ -124,6 +126,20 @@ class Msharefs(Engine):
         number = 0 if file is None else file
         args = struct.pack(_MAPPING, offset, size, file_offset, prot, flags, number)
         _call(fd, CREATE_MAPPING, args, "map", name)
+
+    def open_file(self, file: int, *, writable: bool) -> int:
+        """A descriptor of the region that all share who ask for the open ``file``.
+
+        :raises OSError: there is no module that can, or the file can't be shared.
+        """
+        control = os.open(f"{self.directory()}/mshare_info", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            access = os.O_RDWR if writable else os.O_RDONLY
+            request = bytearray(struct.pack(_FILE, file, access))
+            region: int = fcntl.ioctl(control, OPEN_FILE, request)
+            return region
+        finally:
+            os.close(control)
 
     def unmap(self, fd: int, name: str, offset: int, size: int) -> None:
         _call(fd, UNMAP, struct.pack(_RANGE, offset, size), "unmap", name)

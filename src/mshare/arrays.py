@@ -1,0 +1,130 @@
+"""``mshare.share``: an array as a region, in one call, that is sent to other processes by name."""
+
+from __future__ import annotations
+
+import os
+import uuid
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mshare.engines import by_name
+from mshare.region import Region, attach, create
+from mshare.sizes import PAGE_SIZE, round_up
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class SharedArray(_Array):
+    """An array in a region. Pickled, it and its slices are a name; the copy attaches the region.
+
+    What is computed from it is in this process's own memory, and is pickled as any array.
+    """
+
+    _region: Region | None
+
+    def __array_finalize__(self, source: object) -> None:
+        self._region = getattr(source, "_region", None)
+
+    @property
+    def name(self) -> str | None:
+        """The name of the region this looks into; None for an array in memory of its own."""
+        region = self._inside()
+        return region.name if region else None
+
+    def _inside(self) -> Region | None:
+        """The region that holds all of this array."""
+        region = self._region
+        if region is None or region.closed:
+            return None
+        low, high = _bounds(self)
+        held = region.address <= low and high <= region.address + region.size
+        return region if held else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        region = self._inside()
+        if region is None:
+            return tuple(self.view(np.ndarray).__reduce__())
+        offset = self.__array_interface__["data"][0] - region.address
+        where = region.name, not self.flags.writeable, region.engine
+        return _look, (where, self.dtype, self.shape, self.strides, offset)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
+
+
+def _bounds(array: _Array) -> tuple[int, int]:
+    """The addresses of its first byte and after its last."""
+    low = high = array.__array_interface__["data"][0]
+    if array.size:
+        steps = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+        low += sum(step for step in steps if step < 0)
+        high += sum(step for step in steps if step > 0) + array.itemsize
+    return low, high
+
+
+def _look(
+    where: tuple[str, bool, str],
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int,
+) -> SharedArray:
+    """What was pickled, in this process."""
+    name, readonly, engine = where
+    region = attach(name, readonly=readonly, engine=engine)
+    whole = memoryview(region)
+    return _over(region, np.ndarray(shape, dtype, whole, offset, strides))
+
+
+def _over(region: Region, array: _Array) -> SharedArray:
+    shared = array.view(SharedArray)
+    shared._region = region
+    return shared
+
+
+def share(
+    array: npt.ArrayLike,
+    name: str | None = None,
+    *,
+    mode: int | None = None,
+    engine: str | None = None,
+) -> SharedArray:
+    """Copy an array into a new region, and return the array that is there.
+
+    It can be written to, by every process it is sent to (as an argument of a pool, say): the
+    pickle is a name. Set ``array.flags.writeable = False`` before to send it for reading only.
+
+    :param name: for the region; it stays until :func:`mshare.unlink`. Without one the region gets
+        a name of its own, which goes with the last array over it in this process, or with the
+        process. Who has attached it by then keeps it.
+    :param mode, engine: as for :func:`mshare.create`.
+    :raises TypeError: the elements are Python objects.
+    :raises FileExistsError: the name is taken.
+    :raises OSError: as :func:`mshare.create`.
+    """
+    source = np.asarray(array)
+    if source.dtype.hasobject:
+        raise TypeError(f"a region can't hold elements of dtype '{source.dtype}'")
+    chosen = f"share-{uuid.uuid4().hex}" if name is None else name
+    size = max(round_up(source.nbytes, PAGE_SIZE), PAGE_SIZE)
+    region = create(chosen, size, mode, engine=engine)
+    order: Literal["C", "F"] = "C"
+    if source.flags.f_contiguous and not source.flags.c_contiguous:
+        order = "F"
+    shared = _over(region, np.ndarray(source.shape, source.dtype, memoryview(region), order=order))
+    if name is None:
+        weakref.finalize(region, _unlink, chosen, region.engine, os.getpid())
+    np.copyto(shared, source)
+    return shared
+
+
+def _unlink(name: str, engine: str, creator: int, here: Callable[[], int] = os.getpid) -> None:
+    """Remove a region's name, in the process that made it and not in its children."""
+    if here() == creator:
+        with suppress(OSError):
+            by_name(engine).unlink(name)

@@ -1,0 +1,148 @@
+"""``mshare.share``: arrays that are sent by name."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mshare
+from mshare.engines import Engine
+from tests.conftest import SubPython
+
+
+def names() -> list[str]:
+    """The regions that share() has named."""
+    return [region.name for region in mshare.list() if region.name.startswith("share-")]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24.0).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(12, dtype="int16").reshape(3, 4)),
+        np.arange(100)[::-7],
+        np.array(5.5),
+        np.zeros((0, 3)),
+        np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
+        np.array(["text", "longer text"]),
+        np.array(["2020-01-01"], dtype="datetime64[D]"),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+def test_same_array(engine: Engine, array: np.ndarray[Any, Any]) -> None:
+    """It holds what was copied, and so does what comes out of the pickle: the same memory."""
+    shared = mshare.share(array, engine=engine.name)
+    assert shared.dtype == array.dtype
+    assert shared.shape == array.shape
+    assert (shared == array).all()
+    assert shared.flags.f_contiguous == array.flags.f_contiguous or not array.flags.contiguous
+    data = pickle.dumps(shared)
+    assert len(data) < 1000
+    again = pickle.loads(data)
+    assert isinstance(again, mshare.SharedArray)
+    assert (again == array).all()
+    assert again.strides == shared.strides
+    if array.size:
+        shared.fill(np.zeros((), array.dtype)[()])
+        assert (again == shared).all()
+
+
+def test_slices_are_the_same_memory(engine: Engine) -> None:
+    """Slices and transposed views are pickled as a place in the region; results as any array."""
+    shared = mshare.share(np.arange(1000).reshape(10, 100), engine=engine.name)
+    for view in (shared[3:5, 10:20], shared[::-2, ::-3], shared.T, shared[4], shared.view("u1")):
+        again = pickle.loads(pickle.dumps(view))
+        assert (again == view).all()
+        again[...] = 7
+        assert (view == 7).all()
+    for result in (shared + 1, shared[shared > 5], np.sort(shared)):
+        assert getattr(result, "name", None) is None
+        again = pickle.loads(pickle.dumps(result))
+        assert not isinstance(again, mshare.SharedArray)
+        assert (again == result).all()
+
+
+def test_sent_for_reading(engine: Engine) -> None:
+    """What may not be written here may not be written there."""
+    shared = mshare.share(np.arange(10), engine=engine.name)
+    shared.flags.writeable = False
+    again = pickle.loads(pickle.dumps(shared))
+    with pytest.raises(ValueError, match="read-only"):
+        again[0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        again.flags.writeable = True
+
+
+def test_name_goes_with_the_last_array(engine: Engine) -> None:
+    """A region without a name of the caller's is gone with the arrays over it here."""
+    before = names()
+    shared = mshare.share(np.arange(10), engine=engine.name)
+    part, data = shared[3:], pickle.dumps(shared)
+    assert shared.name in names()
+    again = pickle.loads(data)
+    del shared
+    gc.collect()
+    assert getattr(part, "name", None) in names()
+    del part
+    gc.collect()
+    assert names() == before
+    assert again.tolist() == list(range(10))
+    with pytest.raises(FileNotFoundError):
+        pickle.loads(data)
+
+
+def test_a_name_of_the_callers_stays(engine: Engine, name: str) -> None:
+    """With a name given it is a region like any other."""
+    mshare.share(np.arange(10), name, mode=0o640, engine=engine.name)
+    gc.collect()
+    with mshare.attach(name) as region:
+        assert region.mode == 0o640
+        assert region.asarray("int64", 10).tolist() == list(range(10))
+    with pytest.raises(FileExistsError):
+        mshare.share(np.arange(10), name)
+
+
+def test_refused() -> None:
+    """Objects can't be shared; nothing is left of the attempt."""
+    before = names()
+    with pytest.raises(TypeError, match="object"):
+        mshare.share(np.array([object()]))
+    assert names() == before
+
+
+def double(array: mshare.SharedArray) -> int:
+    """Work of another process: change the array, and say who did."""
+    array *= 2
+    return os.getpid()
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_workers(engine: Engine, method: str) -> None:
+    """Workers get the array itself, and their end does not end the region."""
+    shared = mshare.share(np.arange(8), engine=engine.name)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.apply(double, [shared[:4]]) != os.getpid()
+        pool.apply(double, [shared[:2]])
+    assert shared.tolist() == [0, 4, 4, 6, 4, 5, 6, 7]
+    assert shared.name in names()
+
+
+def test_end_of_a_program(python: SubPython) -> None:
+    """A program that ends takes its regions with it; one that is killed leaves a name to remove."""
+    before = names()
+    code = "import mshare, os, sys; a = mshare.share([1, 2]); print(a.name, flush=True); "
+    result = python(code)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert names() == before
+    child = "pid = os.fork()\nif not pid:\n    del a\n    os._exit(0)\nos.waitpid(pid, 0)\n"
+    result = python(f"{code}\n{child}os.kill(os.getpid(), 9)")
+    assert result.returncode == -signal.SIGKILL
+    assert set(names()) - set(before) == {result.stdout.strip()}
+    mshare.unlink(result.stdout.strip())
