@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--library", metavar="ENGINE", help="the library on this engine")
     parser.add_argument("--no-shrink", action="store_true", help="report what was found as it is")
     parser.add_argument("--lab", metavar="KERNEL", help="the module in the lab on this kernel")
+    parser.add_argument("--module", metavar="DIR", help="another module for --lab: its sources")
     parser.add_argument("--timeout", type=int, default=7200, help="seconds for the lab")
     options = parser.parse_args()
     with ExitStack() as stack:
@@ -43,7 +44,7 @@ def repeat(options: argparse.Namespace) -> None:
     if options.library:
         setting, machine = Library(options.library), LibraryMachine
     elif options.lab:
-        setting = Lab(options.lab, options.timeout)
+        setting = Lab(options.lab, options.timeout, options.module)
     else:
         setting = Modelled() if options.model else Kernel()
     started, seed = time.monotonic(), options.seed

@@ -37,9 +37,11 @@ def _put(stream: Any, thing: object) -> None:
 class Lab:
     """A setting: ``mshare lab`` with `serve` in it."""
 
-    def __init__(self, kernel: str, seconds: int) -> None:
+    def __init__(self, kernel: str, seconds: int, module: str | None = None) -> None:
         mshare = os.path.join(os.path.dirname(sys.executable), "mshare")
         command = [mshare, "lab", "--kernel", kernel, *LAB, "--timeout", str(seconds), "--"]
+        if module:
+            command[-1:-1] = ["--module", module]
         command += [sys.executable, "-m", "tests.oracle.remote"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.memory, self.over_a_part = self._get()
