@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -86,7 +87,23 @@ def test_textfile(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_serve(end: signal.Signals) -> None:
     """Each request reads anew, on this machine alone; a signal ends it and frees the port."""
-    with subprocess.Popen([*EXPORT, "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
+    with (
+        subprocess.Popen(
+            [
+                "env",
+                "--default-signal=INT",
+                *EXPORT,
+                "--port",
+                "0",
+            ],  # in the background it is ignored
+            stderr=subprocess.PIPE,
+            text=True,
+            # whoever runs the tests in the background has it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as server,
+        ExitStack() as stack,
+    ):
+        stack.callback(server.kill)
         assert server.stderr
         line = server.stderr.readline()
         found = re.fullmatch(r"serving (http://127\.0\.0\.1:(\d+)/metrics)\n", line)
