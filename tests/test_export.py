@@ -24,6 +24,8 @@ from mshare.watch import Program, Region, Snapshot
 from tests.conftest import NOBODY, SubPython
 
 Capture = pytest.CaptureFixture[str]
+AS_IN_FRONT = ["env", "--default-signal=INT"]
+"""Whoever runs the tests in the background has it ignored."""
 EXPORT = [sys.executable, "-c", "import mshare.cli; mshare.cli.run()", "export"]
 
 
@@ -89,17 +91,9 @@ def test_serve(end: signal.Signals) -> None:
     """Each request reads anew, on this machine alone; a signal ends it and frees the port."""
     with (
         subprocess.Popen(
-            [
-                "env",
-                "--default-signal=INT",
-                *EXPORT,
-                "--port",
-                "0",
-            ],  # in the background it is ignored
+            [*AS_IN_FRONT, *EXPORT, "--port", "0"],
             stderr=subprocess.PIPE,
             text=True,
-            # whoever runs the tests in the background has it ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as server,
         ExitStack() as stack,
     ):
