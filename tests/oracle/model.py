@@ -397,6 +397,7 @@ class Process:
         assert file.region
         if fixed:
             self._clear(address, size, self.mount.over_a_part)
+        refuse_if(not shared and writable and size > self.mount.memory, errno.ENOMEM)
         refuse_if(not shared or not prot & RW, errno.EINVAL)
         refuse_if((address | size | offset) % SLOT, errno.EINVAL)
         refuse_if(offset + size > file.region.size, errno.EINVAL)
