@@ -112,15 +112,19 @@ def share(
         raise TypeError(f"a region can't hold elements of dtype '{source.dtype}'")
     chosen = f"share-{uuid.uuid4().hex}" if name is None else name
     size = max(round_up(source.nbytes, PAGE_SIZE), PAGE_SIZE)
-    region = create(chosen, size, mode, engine=engine)
     order: Literal["C", "F"] = "C"
     if source.flags.f_contiguous and not source.flags.c_contiguous:
         order = "F"
-    shared = _over(region, np.ndarray(source.shape, source.dtype, memoryview(region), order=order))
+
+    def over(region: Region) -> _Array:
+        return np.ndarray(source.shape, source.dtype, memoryview(region), order=order)
+
+    region = create(
+        chosen, size, mode, engine=engine, fill=lambda region: np.copyto(over(region), source)
+    )
     if name is None:
         weakref.finalize(region, _unlink, chosen, region.engine, os.getpid())
-    np.copyto(shared, source)
-    return shared
+    return _over(region, over(region))
 
 
 def _unlink(name: str, engine: str, creator: int, here: Callable[[], int] = os.getpid) -> None:
