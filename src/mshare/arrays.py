@@ -36,6 +36,12 @@ class SharedArray(_Array):
         region = self._inside()
         return region.name if region else None
 
+    @property
+    def engine(self) -> str | None:
+        """The name of the engine that holds it; None for an array in memory of its own."""
+        region = self._inside()
+        return region.engine if region else None
+
     def _inside(self) -> Region | None:
         """The region that holds all of this array."""
         region = self._region
