@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -50,7 +51,7 @@ def names(dataset: Dataset) -> list[str]:
 
 def until(condition: Callable[[], object]) -> None:
     """Wait for it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -58,8 +59,13 @@ def until(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def cluster(workers: int) -> Iterator[Client]:
-    """A cluster of so many processes."""
+    """A cluster of so many processes; on an emulated processor they take their time."""
+    patience = {
+        "distributed.comm.timeouts.connect": "300s",
+        "distributed.comm.timeouts.tcp": "300s",
+    }
     with (
+        dask.config.set(patience),
         LocalCluster(
             n_workers=workers, threads_per_worker=1, dashboard_address=None, processes=True
         ) as found,

@@ -1,4 +1,7 @@
-"""Every Python block of the documentation runs, and every command it shows exists."""
+"""Every Python block of the documentation runs, and every shell block that can run here.
+
+Those that need the kernel module run in the lab, by ``tests/kernel/test_docs.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import mshare
 from mshare.cli import COMMANDS
+from tests import shown
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,9 +40,36 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     """A shown ``mshare`` command is one."""
-    shown = "\n".join(blocks(page, "sh"))
-    for command in re.findall(r"(?:^|\s|/|\| )mshare ([a-z][a-z-]*)", shown):
+    text = "\n".join(block.text for block in shown.blocks(page))
+    for command in re.findall(r"(?:^|\s|/|\| )mshare ([a-z][a-z-]*)", text):
         assert command in COMMANDS
+
+
+@pytest.mark.parametrize("page", shown.pages(""), ids=lambda page: page.name)
+def test_shell_runs(page: Path, tmp_path: Path) -> None:
+    """The commands of a page, in order, end well, print what is shown, and leave no region."""
+    try:
+        shown.run(page, "", tmp_path)
+        assert not shown.named(page)
+    finally:
+        for name in shown.named(page):
+            mshare.unlink(name)
+
+
+def test_every_shell_block_says_where_it_runs() -> None:
+    """No block is left out by a word that nobody knows, and half of them run."""
+    found = [block for page in shown.DOCS.glob("*.md") for block in shown.blocks(page)]
+    assert {block.where for block in found} == set(shown.PLACES)
+    assert sum(block.where != "not run" for block in found) >= len(found) / 2
+
+
+@pytest.mark.parametrize(
+    ("output", "good"),
+    [("a\n…\nb\n", True), ("a\nx y\nb\n", True), ("a\n… y\nb\n", True), ("a\nb\n", False)],
+)
+def test_shown_output_is_compared(output: str, good: bool) -> None:
+    """An output that differs from what is shown is found."""
+    assert bool(re.fullmatch(shown.pattern(output), "a\nx y\nb\n")) is good
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
