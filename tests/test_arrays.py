@@ -111,8 +111,10 @@ def test_a_name_of_the_callers_stays(engine: Engine, name: str) -> None:
 
 
 def test_refused() -> None:
-    """Objects can't be shared; nothing is left of the attempt."""
+    """Objects can't be shared, nor a mask be lost; nothing is left of the attempt."""
     before = names()
+    with pytest.raises(TypeError, match="its data and its mask"):
+        mshare.share(np.ma.masked_array([1, 2], [False, True]))
     with pytest.raises(TypeError, match="object"):
         mshare.share(np.array([object()]))
     assert names() == before

@@ -93,6 +93,16 @@ def _over(region: Region, array: _Array) -> SharedArray:
     return shared
 
 
+def plain(array: npt.ArrayLike) -> _Array:
+    """The array as one that a region can hold. :raises TypeError: there is none."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError("a masked array is two: share its data and its mask")
+    found = np.asarray(array)
+    if found.dtype.hasobject:
+        raise TypeError(f"a region can't hold elements of dtype '{found.dtype}'")
+    return found
+
+
 def share(
     array: npt.ArrayLike,
     name: str | None = None,
@@ -109,13 +119,11 @@ def share(
         a name of its own, which goes with the last array over it in this process, or with the
         process. Who has attached it by then keeps it.
     :param mode, engine: as for :func:`mshare.create`.
-    :raises TypeError: the elements are Python objects.
+    :raises TypeError: the elements are Python objects, or some are masked.
     :raises FileExistsError: the name is taken.
     :raises OSError: as :func:`mshare.create`.
     """
-    source = np.asarray(array)
-    if source.dtype.hasobject:
-        raise TypeError(f"a region can't hold elements of dtype '{source.dtype}'")
+    source = plain(array)
     chosen = f"share-{uuid.uuid4().hex}" if name is None else name
     size = max(round_up(source.nbytes, PAGE_SIZE), PAGE_SIZE)
     order: Literal["C", "F"] = "C"

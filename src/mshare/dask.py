@@ -28,6 +28,7 @@ import numpy.typing as npt
 from distributed import Worker, WorkerPlugin
 
 from mshare import engines
+from mshare.arrays import plain
 from mshare.engines.base import DEFAULT_MODE
 from mshare.errors import invalid
 from mshare.memory import available
@@ -142,9 +143,7 @@ class Dataset(WorkerPlugin):
         start = time.monotonic()
         if callable(self._source):
             logger.info("%s: loading", self.name)
-            array = np.asarray(self._source())
-            if array.dtype.hasobject:
-                raise TypeError(f"a region can't hold elements of dtype '{array.dtype}'")
+            array = plain(self._source())
             header = _header_of(array)
             size = self._create(len(header) + array.nbytes, lambda to: _fill(to, header, array))
         else:
