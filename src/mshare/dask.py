@@ -63,7 +63,7 @@ class Dataset(WorkerPlugin):
         mode: int = DEFAULT_MODE,
         engine: str | None = None,
     ) -> None:
-        self.name, self.mode, self._engine = name, mode, engine
+        self.name, self.mode, self._engine = check_name(name), mode, engine
         self._source = source if callable(source) else os.fspath(source)
         self.region = check_name(f"{name}-{uuid.uuid4().hex[:12]}")
         """The region's name on each node: another dataset, later, has another one."""
