@@ -105,9 +105,11 @@ def test_cluster(tmp_path: Path) -> None:
         assert {each[1:] for each in left.values()} == {(True, False, *inodes)}
         assert pids <= {each[0] for each in left.values()}
         until(lambda: len(client.run(os.getpid, on_error="ignore")) == 3)
-        after = client.run(look, dataset)
-        assert {each[1:] for each in after.values()} == {(True, False, *inodes)}
-        assert pids < {each[0] for each in after.values()}
+        new = set(client.run(os.getpid)) - set(before)
+        task = client.submit(look, dataset, workers=list(new), pure=False)
+        pid, *rest = task.result()
+        assert pid not in {each[0] for each in before.values()}
+        assert rest == [True, False, *inodes]
         assert len(log.read_text().split()) == 1
 
         client.unregister_worker_plugin("features")
