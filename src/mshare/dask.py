@@ -154,11 +154,10 @@ class Dataset(WorkerPlugin):
         logger.info("%s: %s loaded in %.1f s", self.name, human(size), time.monotonic() - start)
 
     def _create(self, length: int, fill: Callable[[Region], None]) -> int:
-        free = available()
-        if length > free.bytes:
-            message = f"the dataset needs {human(length)}, and free are {human(free.bytes)}"
-            raise OSError(errno.ENOSPC, f"{message} ({free.source})", self.name)
-        size = round_up(length, PAGE_SIZE)
+        size, free = round_up(length, PAGE_SIZE), available()
+        if size > free.bytes and not engines.best(self._engine, size).reserves:
+            message = f"no room for the region: {free} free, {human(size)} are needed"
+            raise OSError(errno.ENOSPC, message, self.region)
         create(self.region, size, self.mode, engine=self._engine, fill=fill).close()
         return size
 
