@@ -157,18 +157,6 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert next(row for row in found["engines"] if row["engine"] == "shm")["faults_first"] == 153600
 
 
-def test_the_documentation_shows_this_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """The table in docs/see-the-cost.md is what the command prints."""
-    page = (Path(__file__).parent.parent / "docs/see-the-cost.md").read_text()
-    _, _, after = page.partition("\nmshare plan --size 300G --processes 1500\n```\n\n```\n")
-    assert main(["plan", "--size", "300G", "--processes", "1500"]) == 0
-
-    def words(text: str) -> list[str]:
-        return text.replace("─", "").split()
-
-    assert words(after.partition("```")[0]) == words(capsys.readouterr().out)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
