@@ -88,8 +88,7 @@ def in_use_on_each_cpu(path: str, region: int) -> Iterator[tuple[int, Callable[[
         board[ANNOUNCED] += 1
         wanted = {cpu: board[cpu] + 2 for cpu in CPUS}
         behind = abi.settle(lambda: sum(board[cpu] < wanted[cpu] for cpu in CPUS), 0, 60)
-        if behind:
-            return  # one has ended: its result says why
+        assert not behind, "one has ended: its result says why"
         for cpu in CPUS:
             least = board[cpu]
             for page in own(cpu):

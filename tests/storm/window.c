@@ -198,7 +198,10 @@ void refused(uint64_t r, long unused)
 	cover(self.arena + CROOKED, size);
 }
 
-/* Store in a few pages of our own as fast as can be: what reclaim must not lose. */
+/*
+ * Load and store in a few pages of our own as fast as can be: what reclaim must not lose. A store
+ * through a stale translation shows at the load after it alone; the next store would hide it.
+ */
 void spin(uint64_t r, long unused)
 {
 	const struct area *area[4];
@@ -210,8 +213,12 @@ void spin(uint64_t r, long unused)
 	for (unsigned int n = 0; n < 4; n++)
 		if (!own_page(&v, &r, &area[n], &page[n]))
 			return;
-	for (unsigned long turn = draw(&r, 1UL << draw(&r, 17)); turn && !stopping(); turn--)
-		advance(&v, area[turn % 4], page[turn % 4], &methods[INSTRUCTION]);
+	for (unsigned long turn = draw(&r, 1UL << draw(&r, 17)); turn && !stopping(); turn--) {
+		unsigned int n = turn % 4;
+
+		check_load(&v, area[n]->offset + page[n] * PAGE, &methods[INSTRUCTION]);
+		advance(&v, area[n], page[n], &methods[INSTRUCTION]);
+	}
 	for (unsigned int n = 0; n < 4; n++)
 		check_load(&v, area[n]->offset + page[n] * PAGE, &methods[INSTRUCTION]);
 }
