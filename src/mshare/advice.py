@@ -9,14 +9,11 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-import re
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import mshare
 from mshare import cost, engines
 from mshare.processes import (
     SAMPLES,
@@ -269,7 +266,7 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
     if group.kind == "hugetlb":
         return "map it at an address that is a whole GiB, as mshare.attach does on engine hugetlb"
     if group.kind == "file":
-        return _change_file(path)
+        return "mshare.mmap(...) in place of mmap.mmap(...), with the same arguments"
     if program in _POSTGRES and group.kind in ("anonymous", "sysv"):
         pages = round_up(size, HUGE_PAGE) // HUGE_PAGE
         return (
@@ -283,13 +280,3 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
     if importlib.util.find_spec("mshare.cli.run"):
         return f"the program as it is: mshare run -- PROGRAM ...; or {region}"
     return region
-
-
-def _change_file(path: str) -> str:
-    if hasattr(mshare, "mmap"):
-        return "mshare.mmap(...) in place of mmap.mmap(...), with the same arguments"
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(path)).strip(".-") or "NAME"
-    return (
-        f"mshare create {name} --backing {shlex.quote(path)}; "
-        f"in each process: mshare.attach({name!r}, readonly=True)"
-    )
