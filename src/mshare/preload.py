@@ -21,6 +21,7 @@ LIBRARY = "libmshare-run.so"
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
 _SCRIPTS_IN_SCRIPTS = 4
 """As the kernel: an interpreter can be a script in turn, so often and no more."""
+_OF_ROOT = Path("/var/cache/mshare")
 _PT_INTERP = 3
 _LOADER = "ld-linux-x86-64.so.2"
 
@@ -41,6 +42,8 @@ def sources() -> Path:
 def build() -> Path:
     """The library, built into the cache once for each source text.
 
+    Root's is where all can read it: what root starts may go on as another user.
+
     :raises FileNotFoundError: no compiler, or no sources.
     :raises OSError: it does not build; the message has the compiler's last lines.
     """
@@ -49,17 +52,22 @@ def build() -> Path:
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    folder = cache_dir() / "preload" / digest.hexdigest()[:16]
+    shared = not os.geteuid() and not os.environ.get("XDG_CACHE_HOME")
+    folder = (_OF_ROOT if shared else cache_dir()) / "preload" / digest.hexdigest()[:16]
     library = folder / LIBRARY
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    if shared:
+        for place in (folder, folder.parent, _OF_ROOT):
+            place.chmod(0o755)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             fresh = folder / f"{LIBRARY}.new"
             code = [str(file) for file in files if file.suffix == ".c"]
             _compile([*_FLAGS, "-I", str(header.parent), "-o", str(fresh), *code], folder)
+            fresh.chmod(0o755)
             fresh.rename(library)
     return library
 
