@@ -17,13 +17,13 @@ EXAMPLE = """\
   mshare run --verbose --min-size 16M -- python3 service.py"""
 
 NOTES = """\
-The program and all it starts get a preload library (LD_PRELOAD). Shared memory that one of them
-maps, anonymous, of System V, a memfd or a file, is then looked at through the kernel module.
-The program needs no change, and what can't be shared stays as it is: docs/unmodified-programs.md
+The program and all it starts get a preload library (LD_PRELOAD). Large shared memory that one of
+them maps, anonymous, of System V, a memfd or a file, it then sees through the kernel module. The
+program needs no change, and what can't be shared stays as it is: docs/unmodified-programs.md
 
-mshare run becomes the program, so its exit status is the program's. Before that:
-1 not possible here, a message says why; 2 wrong usage; 126 the program can't be run, or
-not with a preload library; 127 there is no such program"""
+exit codes: the program's own, for mshare run becomes it. Before that: 1 nothing can be shared
+here, a message says why; 2 wrong usage; 126 the program can't be run, or takes no preload
+library; 127 there is no such program"""
 
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
