@@ -10,6 +10,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/kvm.h>
+#include <linux/userfaultfd.h>
 #include <stdarg.h>
 #include <sys/ipc.h>
 #include <sys/mman.h>
@@ -184,13 +186,13 @@ EXPORT int mlockall(int flags)
 		return -1;
 	result = syscall(SYS_mlockall, flags);
 	if (!result)
-		mshare_stop(flags & MCL_FUTURE);
+		mshare_stop(MSHARE_LOCKS, flags & MCL_FUTURE);
 	return result;
 }
 
 EXPORT int munlockall(void)
 {
-	mshare_stop(false);
+	mshare_stop(MSHARE_LOCKS, false);
 	return syscall(SYS_munlockall);
 }
 
@@ -207,6 +209,26 @@ EXPORT long mbind(void *address, unsigned long length, int mode, const unsigned 
 	if (!mshare_revert(address, length, "mbind"))
 		return -1;
 	return syscall(SYS_mbind, address, length, mode, nodes, count, flags);
+}
+
+/*
+ * KVM and userfaultfd rely on being told of changes in the program's own page
+ * tables, which those of a region are not.
+ */
+EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+	va_list arguments;
+	void *argument;
+
+	va_start(arguments, request);
+	argument = va_arg(arguments, void *);
+	va_end(arguments);
+	if (request == KVM_CREATE_VM || request == UFFDIO_API) {
+		mshare_stop(MSHARE_WATCHES, true);
+		if (!mshare_revert(NULL, SIZE_MAX, "KVM or userfaultfd"))
+			return -1;
+	}
+	return syscall(SYS_ioctl, fd, request, argument);
 }
 
 static size_t segment_size(int id)

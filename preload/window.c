@@ -46,7 +46,7 @@ static _Atomic unsigned int used;	/* entries from here on were never in use */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static sigset_t at_fork;		/* the signals of the thread that forks; under the lock */
 static _Atomic bool ready;
-static _Atomic bool stopped;
+static _Atomic unsigned int stopped;
 static size_t least;
 static bool verbose;
 static struct stat errors;		/* what standard error was when the program began */
@@ -133,9 +133,12 @@ bool mshare_wanted(size_t length)
 	return ready && length >= least && length <= SIZE_MAX - SLOT;
 }
 
-void mshare_stop(bool stop)
+void mshare_stop(unsigned int reason, bool stop)
 {
-	stopped = stop;
+	if (stop)
+		stopped |= reason;
+	else
+		stopped &= ~reason;
 }
 
 static struct window *free_entry(void)
@@ -205,7 +208,8 @@ static void *make(void *plain, size_t length, int prot, bool segment, const char
 
 void *mshare_share(void *plain, size_t length, int prot, bool segment, const char *what)
 {
-	const char *why = "the program locks its memory (mlockall)";
+	const char *why = stopped & MSHARE_WATCHES ? "the program uses KVM or userfaultfd" :
+			  "the program locks its memory (mlockall)";
 	void *found = MAP_FAILED;
 	int saved = errno;
 	sigset_t old;
@@ -289,7 +293,8 @@ bool mshare_revert(const void *address, size_t length, const char *why)
 	bool done = true;
 	sigset_t old;
 
-	if (!mshare_touches(address, length))
+	/* of all there is also one that another thread is just making */
+	if (length != SIZE_MAX && !mshare_touches(address, length))
 		return true;
 	lock(&old);
 	while (done && (win = find(win, address, length)))

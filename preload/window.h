@@ -48,7 +48,9 @@ bool mshare_on_plain(long call, const void *address, size_t length, long argumen
  */
 bool mshare_unmap(const void *address, size_t length);
 
-/* From now on new mappings are locked in memory, which windows can't be. */
-void mshare_stop(bool stop);
+/* As long as one of these holds, what is newly mapped stays as it is. */
+#define MSHARE_LOCKS	1	/* new mappings are locked in memory */
+#define MSHARE_WATCHES	2	/* something watches the program's page tables */
+void mshare_stop(unsigned int reason, bool stop);
 
 #endif

@@ -296,6 +296,26 @@ memory.close()
     assert (why or ": shared: ") in said
 
 
+def test_who_watches_page_tables_gets_plain_mappings() -> None:
+    """With a userfaultfd, as with KVM, no mapping of the program is a window any more."""
+    said = good(
+        python("""
+import fcntl, struct
+early = abi.mmap(-1, 1 << 24, 3, 0x21)
+abi.put(early, b"early")
+fd = abi.syscall(323, 0)
+fcntl.ioctl(fd, 0xC018AA3F, struct.pack("=QQQ", 0xAA, 0, 0))
+late = abi.mmap(-1, 1 << 24, 3, 0x21)
+for address in (early, late):
+    fcntl.ioctl(fd, 0xC020AA00, struct.pack("=QQQQ", address, 1 << 24, 1, 0))
+os.close(fd)
+assert abi.get(early, 5) == b"early"
+""")
+    )
+    assert "no longer shared: 16 MiB of memory: KVM or userfaultfd\n" in said
+    assert "not shared: 16 MiB of anonymous memory: the program uses KVM or userfaultfd\n" in said
+
+
 def test_more_mappings_than_it_keeps() -> None:
     """The 257th is plain, and all of them work."""
     said = good(
