@@ -26,9 +26,9 @@
 #include <unistd.h>
 
 #define PAGE	4096UL
-#define PAGES	2600UL
+#define PAGES	650UL
 #define SIZE	(PAGES * PAGE)
-#define PART	(600 * PAGE)
+#define PART	(150 * PAGE)
 
 long mbind(void *address, unsigned long length, int mode, const unsigned long *nodes,
 	   unsigned long count, unsigned int flags) __attribute__((weak));

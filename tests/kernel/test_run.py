@@ -84,12 +84,12 @@ def test_every_call_does_what_it_does_without(program: str) -> None:
         result = run(program, "calls")
         said = good(result)
     assert result.stdout == plain.stdout
-    assert said.count(": shared: 10 MiB of anonymous memory\n") > 60
-    assert said.count(": shared: 10 MiB of a System V segment\n") > 60
+    assert said.count(": shared: 2 MiB of anonymous memory\n") > 60
+    assert said.count(": shared: 2 MiB of a System V segment\n") > 60
     for call in ("madvise", "mlock", "mlock2", "mlockall", "mbind", "mprotect", "pkey_mprotect"):
-        assert f"no longer shared: 10 MiB of memory: {call}\n" in said
+        assert f"no longer shared: 2 MiB of memory: {call}\n" in said
     for call in ("mremap", "munmap of a part", "mmap over it", "remap_file_pages"):
-        assert f"no longer shared: 10 MiB of memory: {call}\n" in said
+        assert f"no longer shared: 2 MiB of memory: {call}\n" in said
 
 
 def test_threads_notice_nothing_of_the_change_back(program: str) -> None:
