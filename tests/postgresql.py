@@ -30,16 +30,21 @@ class Connection:
     """One connection, speaking the protocol itself: one process here serves hundreds."""
 
     def __init__(self, folder: Path) -> None:
+        """Connect. :raises OSError: the server does not, or not yet."""
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(f"{folder}/.s.PGSQL.5432")
         self._file = self._socket.makefile("rb")
+        self.pid = 0
         words = b"".join(
             word + b"\0" for word in (b"user", USER.encode(), b"database", b"postgres")
         )
         body = struct.pack("!I", 196608) + words + b"\0"
-        self._socket.sendall(struct.pack("!I", len(body) + 4) + body)
-        self.pid = 0
-        self.result()
+        try:
+            self._socket.connect(f"{folder}/.s.PGSQL.5432")
+            self._socket.sendall(struct.pack("!I", len(body) + 4) + body)
+            self.result()
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, query: str) -> None:
         """Start a query."""
@@ -47,11 +52,15 @@ class Connection:
         self._socket.sendall(b"Q" + struct.pack("!I", len(body) + 4) + body)
 
     def result(self) -> str:
-        """The first value of its last row, once it is done. :raises OSError: it failed."""
+        """The first value of its last row, once it is done.
+
+        :raises OSError: it failed; a ConnectionError: the server is gone.
+        """
         value, error = "", ""
         while True:
             head = self._file.read(5)
             if len(head) < 5:
+                self.close()
                 raise ConnectionResetError(f"the server closed the connection: {error}")
             body = self._file.read(struct.unpack_from("!I", head, 1)[0] - 4)
             match head[:1]:

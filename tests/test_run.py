@@ -113,7 +113,14 @@ def test_program_that_is_not_there(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--"], ["--min-size", "x", "--", "true"], ["--min-size", "0", "--", "true"]]
+    "arguments",
+    [
+        [],
+        ["--"],
+        ["--print", "--", "true"],
+        ["--min-size", "x", "--", "true"],
+        ["--min-size", "0", "--", "true"],
+    ],
 )
 def test_usage(arguments: list[str], capfd: Capture) -> None:
     """No program, or a size that is none, is 2."""

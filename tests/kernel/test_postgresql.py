@@ -18,38 +18,46 @@ from tests.postgresql import MSHARE_RUN, Cluster, binaries, of_process
 SETTINGS = {"shared_buffers": "128MB", "huge_pages": "off", "autovacuum": "off", "jit": "off"}
 UNDER = [*MSHARE_RUN, "--"]
 COUNT = "select count(*) from content"
-ROWS = 20_000
+ROWS = 8_000
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A cluster with a table of 80 MiB in it, and pgbench's; not started."""
+def made() -> Iterator[Cluster]:
+    """A cluster with a table of 32 MiB in it, and pgbench's; not started."""
     programs = binaries()
     if not programs:
         skip("PostgreSQL is not installed; try: apt-get install postgresql-15")
     assert programs
     place = Path("/mnt/disk" if os.path.ismount("/mnt/disk") else "/tmp")
-    made = Cluster(place / f"postgresql-{uuid.uuid4().hex[:12]}", programs)
+    new = Cluster(place / f"postgresql-{uuid.uuid4().hex[:12]}", programs)
     try:
-        made.start(UNDER, **SETTINGS)
-        connection = made.connect()
+        new.start(UNDER, **SETTINGS)
+        connection = new.connect()
         connection.ask("create table content (text text)")
         connection.ask("alter table content alter text set storage plain")
         connection.ask(
             f"insert into content select repeat('x', 3900) from generate_series(1, {ROWS})"
         )
         connection.close()
-        made.run("pgbench", "-i", "-q", "-s", "1")
-        assert made.stop() == 0
-        yield made
+        new.run("pgbench", "-i", "-q", "-s", "1")
+        assert new.stop() == 0
+        yield new
     finally:
-        made.remove()
+        new.remove()
+
+
+@pytest.fixture
+def cluster(made: Cluster) -> Iterator[Cluster]:
+    """The cluster, not running; stopped after the test if that has not done it."""
+    made.log.write_text("")
+    yield made
+    if made.server:
+        made.stop(signal.SIGQUIT)
 
 
 def test_connections_pay_no_page_tables(cluster: Cluster) -> None:
-    """A connection that reads 80 MiB of buffers takes few faults and makes no tables for them."""
+    """A connection that reads 32 MiB of buffers takes few faults and makes no tables for them."""
     with nothing_left():
-        cluster.log.write_text("")
         cluster.start(UNDER, **SETTINGS)
         assert ": shared: " in cluster.log.read_text()
         assert "not shared: " not in cluster.log.read_text()
@@ -61,7 +69,7 @@ def test_connections_pay_no_page_tables(cluster: Cluster) -> None:
         assert int(second.ask(query)) == ROWS * 3900
         after = of_process(second.pid)
         assert after[0] - tables <= 16 << 10
-        assert after[1] - faults < 300
+        assert after[1] - faults < 150
         first.close()
         second.close()
         assert cluster.stop() == 0
@@ -101,7 +109,7 @@ def test_a_killed_backend(cluster: Cluster) -> None:
         other.ask("insert into committed values (42)")
         victim.ask("begin; insert into committed values (43)")
         os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(OSError, match="closed the connection"):
+        with pytest.raises(ConnectionError):
             for _ in range(600):
                 other.ask("select 1")
                 time.sleep(0.1)
@@ -125,7 +133,7 @@ def test_a_killed_server(cluster: Cluster) -> None:
         processes = cluster.processes()
         assert len(processes) > 5
         assert cluster.stop(signal.SIGKILL) == -signal.SIGKILL
-        with pytest.raises(OSError, match="closed the connection"):
+        with pytest.raises(ConnectionError):
             connection.ask("select 1")
         connection.close()
         deadline = time.monotonic() + 60

@@ -353,6 +353,18 @@ abi.mmap(fd, 1 << 23, 3, 1, 0, 1 << 20)
     assert [said.count(reason) for reason in reasons] == [2, 1, 1, 1]
 
 
+def test_environment_for_who_starts_it_otherwise() -> None:
+    """What --print says, set for a program, does the same."""
+    start = [sys.executable, "-c", "from mshare.cli import run; run()", "run", "--verbose"]
+    words = [*start, "--min-size", "1M", "--print"]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    code = "import mmap; mmap.mmap(-1, 1 << 24)"
+    script = f'{printed}export LD_PRELOAD MSHARE_RUN_MIN MSHARE_RUN_VERBOSE; exec "$@"'
+    words = ["sh", "-c", script, "sh", sys.executable, "-c", code]
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert ": shared: 16 MiB of anonymous memory\n" in result.stderr
+
+
 def test_the_mount_that_is_asked(tmp_path: Path) -> None:
     """Where there is no module the command says so, and runs nothing unless told to go on."""
     result = run("echo", "ran", MSHARE_MSHAREFS_DIR=str(tmp_path))

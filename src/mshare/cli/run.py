@@ -32,7 +32,10 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
     add("--min-size", type=_size, default="64M", metavar="SIZE", help=limit)
     add("--verbose", action="store_true", help="say on standard error what is shared, what not")
     add("--fallback", action="store_true", help="run it all the same where nothing can be shared")
-    add("argv", nargs="+", metavar="PROGRAM", help="the program and its arguments, after --")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--print", action="store_true", help="print the environment, and run nothing")
+    text = "the program and its arguments, after --"
+    way.add_argument("argv", nargs="*", default=[], metavar="PROGRAM", help=text)
     parser.epilog = f"{(parser.epilog or '').split('exit codes')[0]}{NOTES}"
 
 
@@ -46,6 +49,10 @@ def _size(text: str) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.print:
+        for name, value in _environment(args.min_size, verbose=args.verbose).items():
+            print(f"{name}='{value}'")
+        return 0
     try:
         program = preload.find_program(args.argv[0])
     except FileNotFoundError as error:
