@@ -2,9 +2,9 @@
 
 Run: ``mshare lab --memory 6G --disk 6G --timeout 3600 -- python -m benchmarks.postgresql``. The
 server is Debian's, unmodified, and the same cluster in one boot each way. Shared buffers are
-filled, then each of the connections looks into all of them by counting the rows of a table that has
-one row a buffer, then ``pgbench -S`` runs. Counts are exact; of the times only the ratio within this
-run says anything.
+filled, then each of the connections looks into all of them, by counting the rows of a table with
+one row a buffer, then ``pgbench -S`` runs. Counts are exact; of the times only the ratio within
+this run says anything.
 """
 
 from __future__ import annotations
