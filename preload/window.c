@@ -236,8 +236,10 @@ static struct window *find(struct window *last, const void *address, size_t leng
 {
 	uintptr_t start = (uintptr_t)address, end = start + length;
 
-	if (end <= start)
-		end = length ? UINTPTR_MAX : start + 1;
+	if (!length)
+		return NULL;
+	if (end < start)
+		end = UINTPTR_MAX;
 	for (struct window *win = last ? last + 1 : table; win < table + used; win++)
 		if (overlaps(win, start, end))
 			return win;
