@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 KERNELS := 6.12 6.1
 DETECTORS := debug-6.12 debug-6.1 kcsan-6.12
 LAB_TESTS := tests/kernel tests/test_contract.py tests/test_calls.py tests/test_exhaustion.py \
-	tests/test_dropin.py tests/test_arrays.py tests/test_dask.py
+	tests/test_dropin.py tests/test_arrays.py
 DURATION := 3m
 STEPS := 100000
 CALLS := 1000000
