@@ -212,7 +212,15 @@ static ssize_t alignment_read(struct file *file, char __user *buf, size_t len, l
 
 static long control_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
-	return cmd == MSHAREFS_OPEN_FILE ? mshare_open_file(file, (void __user *)arg) : -ENOTTY;
+	void __user *user = (void __user *)arg;
+
+	switch (cmd) {
+	case MSHAREFS_OPEN_FILE:
+		return mshare_open_file(file, user);
+	case MSHAREFS_OPEN_MAPPING:
+		return mshare_open_mapping(file, user);
+	}
+	return -ENOTTY;
 }
 
 static const struct file_operations control_fops = {

@@ -209,6 +209,7 @@ vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
 
 /* source.c */
 long mshare_open_file(struct file *control, void __user *arg);
+long mshare_open_mapping(struct file *control, void __user *arg);
 
 /* main.c */
 struct mm_struct *mshare_mm_alloc(void);

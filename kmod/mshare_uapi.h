@@ -76,6 +76,16 @@ struct mshare_file {
 	__u32 access;		/* O_RDONLY or O_RDWR */
 };
 
+/*
+ * The same with a mapping in place of a descriptor: for shared memory that has
+ * none, anonymous or System V's.
+ */
+struct mshare_mapping {
+	__u64 address;		/* anywhere in a shared mapping of the caller's */
+	__u32 access;		/* O_RDONLY or O_RDWR */
+	__u32 reserved;		/* must be 0 */
+};
+
 /* All content of the region is in memory and stays where it is. */
 #define MSHARE_INFO_LOCKED	1
 
@@ -84,5 +94,6 @@ struct mshare_file {
 #define MSHAREFS_PROTECT	_IOW('x', 2, struct mshare_protect)
 #define MSHAREFS_INFO		_IOWR('x', 3, struct mshare_info)
 #define MSHAREFS_OPEN_FILE	_IOW('x', 4, struct mshare_file)
+#define MSHAREFS_OPEN_MAPPING	_IOW('x', 5, struct mshare_mapping)
 
 #endif /* _UAPI_MSHARE_H */

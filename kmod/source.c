@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Regions of files: who asks with an open file gets the one region whose content
- * is that file. It has no name. It is found by the file's page cache, and goes
- * with its last descriptor and window, as any region without a name.
+ * Regions of files: who asks with an open file, or with a mapping of it, gets the
+ * one region whose content is that file. It has no name. It is found by the file's
+ * page cache, and goes with its last descriptor and window, as any region without
+ * a name.
  *
  * There are two of a file, one for readers and one for writers, as a region has
  * two views. The module fills them and nobody can change what is in them, so
  * whoever asks gets the file and nothing else, and no more than the rights of
- * the descriptor.
+ * the descriptor or the mapping.
  *
- * Locks: none here but mshare_regions_lock, in region.c, around find and publish.
+ * Locks: mshare_regions_lock, in region.c, around find and publish; the caller's
+ * own mmap_lock for a look at a mapping. None is held while a file is opened.
  * Opening the file may take as long as its file system wants, and holds up nobody.
  */
 #include <linux/cred.h>
@@ -95,39 +97,116 @@ static struct file *open_region(struct file *control, struct file *asked, u32 ac
 	return file;
 }
 
-/* A new descriptor, closed by exec. */
+/*
+ * A new descriptor, closed by exec. With source, only if that is the content: an
+ * overlay may have put another file in the place of the one that is mapped.
+ */
+static long new_descriptor(struct file *control, struct file *asked, u32 access,
+			   struct address_space *source)
+{
+	struct mshare_region *r;
+	struct file *file;
+	int fd;
+
+	if (!mshare_file_fits(asked, true))
+		return -EOPNOTSUPP;
+	fd = get_unused_fd_flags(O_CLOEXEC);
+	if (fd < 0)
+		return fd;
+	file = open_region(control, asked, access);
+	if (IS_ERR(file)) {
+		put_unused_fd(fd);
+		return PTR_ERR(file);
+	}
+	r = file_inode(file)->i_private;
+	if (source && r->source != source) {
+		put_unused_fd(fd);
+		fput(file);
+		return -EOPNOTSUPP;
+	}
+	fd_install(fd, file);
+	return fd;
+}
+
+static bool known(u32 access)
+{
+	return access == O_RDONLY || access == O_RDWR;
+}
+
 long mshare_open_file(struct file *control, void __user *arg)
 {
 	struct mshare_file req;
-	struct file *asked, *file;
+	struct file *asked;
 	fmode_t mode;
-	int fd;
+	long fd = -EACCES;
 
 	if (copy_from_user(&req, arg, sizeof(req)))
 		return -EFAULT;
-	if (req.access != O_RDONLY && req.access != O_RDWR)
+	if (!known(req.access))
 		return -EINVAL;
 	mode = req.access == O_RDWR ? FMODE_READ | FMODE_WRITE : FMODE_READ;
 	asked = fget(req.fd);
 	if (!asked)
 		return -EBADF;
-	fd = -EACCES;
-	if ((asked->f_mode & mode) != mode)
-		goto out;
-	fd = -EOPNOTSUPP;
-	if (!mshare_file_fits(asked, true))
-		goto out;
-	fd = get_unused_fd_flags(O_CLOEXEC);
-	if (fd < 0)
-		goto out;
-	file = open_region(control, asked, req.access);
-	if (IS_ERR(file)) {
-		put_unused_fd(fd);
-		fd = PTR_ERR(file);
-		goto out;
-	}
-	fd_install(fd, file);
-out:
+	if ((asked->f_mode & mode) == mode)
+		fd = new_descriptor(control, asked, req.access, NULL);
 	fput(asked);
+	return fd;
+}
+
+/*
+ * The file of a shared mapping of the caller's, with a reference. The region is
+ * of the whole file, so the mapping must be able to reach all of it: the rest of
+ * what follows by mremap(), and what comes before by remap_file_pages(), which
+ * takes mappings of a file that is open for writing only.
+ */
+static struct file *mapped_file(unsigned long addr, u32 access)
+{
+	unsigned long rights = VM_MAYREAD | (access == O_RDWR ? VM_MAYWRITE : 0);
+	struct mm_struct *mm = current->mm;
+	struct vm_area_struct *vma;
+	struct file *file;
+
+	if (mmap_read_lock_killable(mm))
+		return ERR_PTR(-EINTR);
+	vma = find_vma(mm, addr);
+	if (!vma || vma->vm_start > addr)
+		file = ERR_PTR(-EFAULT);
+	else if (!(vma->vm_flags & VM_MAYSHARE))
+		file = ERR_PTR(-EINVAL);
+	else if (!vma->vm_file || !mshare_file_fits(vma->vm_file, true))
+		file = ERR_PTR(-EOPNOTSUPP);
+	else if ((vma->vm_flags & rights) != rights ||
+		 (vma->vm_pgoff && !(vma->vm_flags & VM_SHARED)))
+		file = ERR_PTR(-EACCES);
+	else
+		file = get_file(vma->vm_file);
+	mmap_read_unlock(mm);
+	return file;
+}
+
+/* What has no descriptor: anonymous shared memory, a segment of System V. */
+long mshare_open_mapping(struct file *control, void __user *arg)
+{
+	struct mshare_mapping req;
+	struct file *mapped, *asked;
+	long fd;
+
+	if (copy_from_user(&req, arg, sizeof(req)))
+		return -EFAULT;
+	if (!known(req.access) || req.reserved)
+		return -EINVAL;
+	mapped = mapped_file(req.address, req.access);
+	if (IS_ERR(mapped))
+		return PTR_ERR(mapped);
+	/* System V's own file is a cover of the one that its path leads to */
+	asked = dentry_open(&mapped->f_path, req.access | O_LARGEFILE, current_cred());
+	if (IS_ERR(asked)) {
+		fd = PTR_ERR(asked);
+	} else {
+		fd = new_descriptor(control, asked, req.access, mapped->f_mapping);
+		fput(asked);
+	}
+	fput(mapped);
 	return fd;
 }

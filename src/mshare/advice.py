@@ -7,7 +7,6 @@ is private to each of them, and no sharing of page tables would help it.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -276,7 +275,7 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
     if os.path.dirname(path) == engines.by_name("shm").directory():
         name = os.path.basename(path)
         return f"mshare module load, as root; then create the region {name} anew"
-    region = f"mshare.create('NAME', {size}) once; in each process: mshare.attach('NAME')"
-    if importlib.util.find_spec("mshare.cli.run"):
-        return f"the program as it is: mshare run -- PROGRAM ...; or {region}"
-    return region
+    return (
+        "the program as it is: mshare run -- PROGRAM ...; or "
+        f"mshare.create('NAME', {size}) once; in each process: mshare.attach('NAME')"
+    )

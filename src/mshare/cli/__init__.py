@@ -32,6 +32,7 @@ COMMANDS = (
     "plan",
     "top",
     "export",
+    "run",
     "module",
     "lab",
 )

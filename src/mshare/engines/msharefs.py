@@ -33,12 +33,14 @@ _RANGE = "=QQ"
 _PROTECTION = "=QQII"
 _INFO = "=II13Q"
 _FILE = "=II"
+_MAPPED = "=QII"
 _INFO_SIZE = struct.calcsize(_INFO)
 CREATE_MAPPING = _iow(0, _MAPPING)
 UNMAP = _iow(1, _RANGE)
 PROTECT = _iow(2, _PROTECTION)
 INFO = _iow(3, _INFO) | 2 << 30
 OPEN_FILE = _iow(4, _FILE)
+OPEN_MAPPING = _iow(5, _MAPPED)
 LOCKED = 1
 """In the flags of INFO: the region's pages never move."""
 
