@@ -63,7 +63,7 @@ def test_shell_runs(page: Path, tmp_path: Path) -> None:
 
 def test_every_block_says_whether_it_runs() -> None:
     """No block is left out by a word that nobody knows, and half of the shell's run."""
-    known = {"", "python", "python not run"}
+    known = {"", "ini", "python", "python not run"}
     known |= {f"{language} {where}".strip() for language in ("sh", "console") for where in PLACES}
     for page in PAGES:
         fences = re.findall(r"^```(.*)$", page.read_text(), re.M)
