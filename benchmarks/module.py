@@ -2,7 +2,7 @@
 
 Run: ``mshare lab --memory 5G --disk 2G -- python benchmarks/module.py [NAME...]``. Counts are
 exact; times are ratios of rounds that take turns in this run. Names: attach, touch, protect,
-processes, file, lifecycle (default: all).
+processes, file, reclaim, lifecycle (default: all).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -238,29 +239,107 @@ def processes(count: int = 256) -> None:
     show("  and shm", f"{grown['shm']:.1f} KiB")
 
 
-def file(count: int = 34) -> None:
-    """Page tables of readers of one file on a disk file system."""
+@contextmanager
+def region_of_file() -> Iterator[tuple[int, int]]:
+    """Descriptors of a region and of the file of 1 GiB, on the disk, that it shows."""
     path = f"{DISK}/benchmark"
+    name = f"benchmark-{os.getpid()}"
     with open(path, "wb") as out:
         for _ in range(GIB >> 24):
             out.write(os.urandom(1 << 16) * 256)
-    name = f"benchmark-{os.getpid()}"
-    grown = {}
+        os.fsync(out.fileno())
     try:
         with open(path, "rb") as content:
             mshare.create(name, backing=content.fileno(), engine="msharefs").close()
             with mshare.attach(name, readonly=True) as made:
-                for kind, fd in (("msharefs", made.fileno()), ("mmap", content.fileno())):
-                    with mapped(fd, prot=mapping.PROT_READ) as address:
-                        read_pages(address)
-                        guests = Guests(count, fd, mapping.PROT_READ)
-                        grown[kind] = guests.grown / count / 1024
-                        guests.end()
+                yield made.fileno(), content.fileno()
     finally:
         mshare.unlink(name)
         os.unlink(path)
+
+
+def file(count: int = 34) -> None:
+    """Page tables of readers of one file on a disk file system."""
+    grown = {}
+    with region_of_file() as (shared, content):
+        for kind, fd in (("msharefs", shared), ("mmap", content)):
+            with mapped(fd, prot=mapping.PROT_READ) as address:
+                read_pages(address)
+                guests = Guests(count, fd, mapping.PROT_READ)
+                grown[kind] = guests.grown / count / 1024
+                guests.end()
     show(f"page tables per reader of a file, {count} readers", f"{grown['msharefs']:.1f} KiB", "16")
     show("  and with mmap", f"{grown['mmap']:.1f} KiB")
+
+
+class Group:
+    """A memory cgroup, to be charged for content and to be reclaimed from."""
+
+    def __init__(self) -> None:
+        root = Path("/sys/fs/cgroup")
+        (root / "cgroup.subtree_control").write_text("+memory")
+        self._folder = root / f"benchmark-{os.getpid()}"
+        self._folder.mkdir()
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do it in a process of the group."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                (self._folder / "cgroup.procs").write_text("0")
+                work()
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+
+    def charged(self) -> int:
+        """Bytes."""
+        return int((self._folder / "memory.current").read_text())
+
+    def reclaim(self) -> None:
+        """All that can be."""
+        while self.charged() > GIB >> 5:
+            with suppress(BlockingIOError):
+                (self._folder / "memory.reclaim").write_text(str(self.charged()))
+
+    def remove(self) -> None:
+        """Nobody is in it."""
+        self._folder.rmdir()
+
+
+def reclaim(few: int = 1, many: int = 256, rounds: int = 3) -> None:
+    """Take 1 GiB of a file's pages from under few and under many processes."""
+
+    def once(fd: int, count: int, *, touch: bool) -> tuple[float, int]:
+        def fill() -> None:
+            with mapped(fd, prot=mapping.PROT_READ) as address:
+                read_pages(address)
+
+        group.run(fill)
+        charged = group.charged()
+        if charged < GIB:
+            raise RuntimeError(f"{charged} bytes are charged to the group, not 1 GiB")
+        guests = Guests(count, fd, mapping.PROT_READ, touch=touch)
+        before = info(shared).flushes
+        seconds = timed(group.reclaim)
+        flushes = info(shared).flushes - before
+        guests.end()
+        return seconds, flushes
+
+    group = Group()
+    with region_of_file() as (shared, content):
+        os.posix_fadvise(content, 0, GIB, os.POSIX_FADV_DONTNEED)
+        ours, flushes = [], []
+        for _ in range(rounds):
+            small, large = (once(shared, count, touch=False) for count in (few, many))
+            ours.append(large[0] / small[0])
+            flushes.append((small[1], large[1]))
+        alone, crowd = (once(content, count, touch=True)[0] for count in (few, many >> 3))
+    group.remove()
+    show(f"reclaim of 1 GiB, {many} attached, to {few}", f"{median(ours):.2f}", "at most 1.3")
+    show("  flushes", " / ".join(f"{each:,}" for each in flushes[-1]))
+    show(f"  the same with mmap, {many >> 3} processes, to {few}", f"{crowd / alone:.2f}")
+    show(f"  msharefs, to mmap with {few}", f"{small[0] / alone:.2f}")
 
 
 def lifecycle(count: int = 1000) -> None:
@@ -298,7 +377,7 @@ def lifecycle(count: int = 1000) -> None:
         )
 
 
-ALL = (attach, touch, protect, processes, file, lifecycle)
+ALL = (attach, touch, protect, processes, file, reclaim, lifecycle)
 
 
 def main() -> None:

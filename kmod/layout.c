@@ -26,6 +26,7 @@
 #include "trace.h"
 
 #define PATIENCE	(HZ / 2)
+#define MOST_PATIENCE	(4UL * HZ)
 
 /* region->lock held. Those of this pass are at the end of the list. */
 static void mark(struct mshare_window *win)
@@ -124,27 +125,37 @@ static void thaw(struct mshare_region *r)
 	}
 }
 
-static int freeze(struct mshare_region *r)
+static void begin(struct mshare_region *r)
 {
-	struct mshare_window *win;
-	int err;
-
-again:
 	spin_lock(&r->lock);
 	r->frozen = true;
 	r->pass++;
 	spin_unlock(&r->lock);
+}
+
+static int freeze(struct mshare_region *r)
+{
+	unsigned long patience = PATIENCE;
+	struct mshare_window *win;
+	int err;
+
+	begin(r);
 	while ((win = next_window(r))) {
 		if (mshare_planted(LOCK_ORDER))
 			mmap_read_lock(r->mm);
-		schedule_delayed_work(&r->patience, PATIENCE);
+		schedule_delayed_work(&r->patience, patience);
 		err = mmap_write_lock_killable(mshare_mm(win));
 		/* from here on nobody but this thread changes r->frozen */
 		cancel_delayed_work_sync(&r->patience);
 		if (mshare_planted(LOCK_ORDER))
 			mmap_read_unlock(r->mm);
 		if (!err) {
-			if (win->vma && r->frozen)
+			if (!r->frozen) {
+				/* anew, with this one, which is at hand; and with more patience */
+				begin(r);
+				patience = min(2 * patience, MOST_PATIENCE);
+			}
+			if (win->vma)
 				drain(win->guest, r);
 			mmap_write_unlock(mshare_mm(win));
 		}
@@ -153,8 +164,6 @@ again:
 			thaw(r);
 			return err;
 		}
-		if (!r->frozen)
-			goto again;
 	}
 	return 0;
 }

@@ -120,23 +120,42 @@ static const struct mmu_notifier_ops guest_ops = {
 };
 
 /*
- * The guest of an mm, with a reference; the mmap_lock is held for write. The
- * registration takes every lock of the mm, so it is done once: a reference of
- * our own keeps it until the mm or the module goes.
- *
- * It gives up when a signal is pending, which fork cannot pass on: it would
- * leave a child with a dead window.
+ * The registration gives up when the task has something to see to, which fork
+ * cannot pass on: it would leave a child with a dead window. Signals can be held
+ * off; a stop for a tracer, a freeze of the cgroup or a task work cannot, so
+ * what stands for those is put away and put back. Each comes anew at most.
  */
-struct mshare_guest *mshare_guest_get(struct mm_struct *mm)
+static struct mmu_notifier *register_guest(struct mm_struct *mm)
 {
-	struct mshare_guest *guest;
+	bool signal = false, notify = false;
 	struct mmu_notifier *mn;
 	sigset_t all, old;
 
 	sigfillset(&all);
 	sigprocmask(SIG_BLOCK, &all, &old);
-	mn = mmu_notifier_get_locked(&guest_ops, mm);
+	do {
+		signal |= test_and_clear_thread_flag(TIF_SIGPENDING);
+		notify |= test_and_clear_thread_flag(TIF_NOTIFY_SIGNAL);
+		mn = mmu_notifier_get_locked(&guest_ops, mm);
+	} while (IS_ERR(mn) && PTR_ERR(mn) == -EINTR);
+	if (notify)
+		set_thread_flag(TIF_NOTIFY_SIGNAL);
+	if (signal)
+		set_thread_flag(TIF_SIGPENDING);
 	sigprocmask(SIG_SETMASK, &old, NULL);
+	return mn;
+}
+
+/*
+ * The guest of an mm, with a reference; the mmap_lock is held for write. The
+ * registration takes every lock of the mm, so it is done once: a reference of
+ * our own keeps it until the mm or the module goes.
+ */
+struct mshare_guest *mshare_guest_get(struct mm_struct *mm)
+{
+	struct mmu_notifier *mn = register_guest(mm);
+	struct mshare_guest *guest;
+
 	if (IS_ERR(mn))
 		return ERR_CAST(mn);
 	guest = container_of(mn, struct mshare_guest, mn);

@@ -63,7 +63,7 @@ def test_slices_are_the_same_memory(engine: Engine) -> None:
         again[...] = 7
         assert (view == 7).all()
     for result in (shared + 1, shared[shared > 5], np.sort(shared)):
-        assert getattr(result, "name", None) is None
+        assert getattr(result, "name", None) is getattr(result, "engine", None) is None
         again = pickle.loads(pickle.dumps(result))
         assert not isinstance(again, mshare.SharedArray)
         assert (again == result).all()
@@ -86,6 +86,7 @@ def test_name_goes_with_the_last_array(engine: Engine) -> None:
     shared = mshare.share(np.arange(10), engine=engine.name)
     part, data = shared[3:], pickle.dumps(shared)
     assert shared.name in names()
+    assert shared.engine == engine.name
     again = pickle.loads(data)
     del shared
     gc.collect()
@@ -110,8 +111,10 @@ def test_a_name_of_the_callers_stays(engine: Engine, name: str) -> None:
 
 
 def test_refused() -> None:
-    """Objects can't be shared; nothing is left of the attempt."""
+    """Objects can't be shared, nor a mask be lost; nothing is left of the attempt."""
     before = names()
+    with pytest.raises(TypeError, match="its data and its mask"):
+        mshare.share(np.ma.masked_array([1, 2], [False, True]))
     with pytest.raises(TypeError, match="object"):
         mshare.share(np.array([object()]))
     assert names() == before

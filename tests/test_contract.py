@@ -8,7 +8,9 @@ import os
 import pickle
 import signal
 import stat as st
+import subprocess
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -309,6 +311,44 @@ def test_one_winner_of_a_hundred(engine: Engine, name: str) -> None:
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     assert sorted(codes) == [0] + [17] * 99
     assert mshare.stat(name).resident == (SIZE if engine.reserves else 0)
+
+
+def test_filled_before_it_is_seen(engine: Engine, name: str) -> None:
+    """With ``fill`` a region has its name when it is full; if filling fails there is none."""
+
+    def fill(region: mshare.Region) -> None:
+        assert region.name == name
+        assert name not in [each.name for each in mshare.list()]
+        region.asarray()[:SIZE] = 7
+
+    with mshare.create(name, SIZE, 0o640, engine=engine.name, fill=fill) as region:
+        assert (region.asarray()[:SIZE] == 7).all()
+        assert region.mode == 0o640
+    mshare.unlink(name)
+    with pytest.raises(IndexError):
+        mshare.create(
+            name, SIZE, engine=engine.name, fill=lambda region: memoryview(region)[99 * SIZE]
+        )
+    with pytest.raises(FileNotFoundError):
+        mshare.stat(name)
+    with pytest.raises(TypeError, match="leave out fill"):
+        mshare.create(name, backing=__file__, fill=fill)
+
+
+def test_others_wait_while_it_is_filled(engine: Engine, name: str, python: SubPython) -> None:
+    """Who creates the same name meanwhile waits, and then learns that it is there."""
+    code = "import mshare, sys; mshare.create(sys.argv[1], 4096, engine=sys.argv[2])"
+    with ThreadPoolExecutor() as pool:
+
+        def fill(region: mshare.Region) -> None:
+            second = pool.submit(python, code, name, engine.name)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=1)
+            waiting.append(second)
+
+        waiting: list[Future[subprocess.CompletedProcess[str]]] = []
+        mshare.create(name, SIZE, engine=engine.name, fill=fill).close()
+        assert "FileExistsError" in waiting[0].result().stderr
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -1,15 +1,25 @@
-"""Every Python block of the documentation runs, and every command it shows exists."""
+"""Every Python block of the documentation runs, and every shell block that can run here.
+
+Those that need the kernel module run in the lab, by ``tests/kernel/test_docs.py``.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from mshare.cli import COMMANDS
+import mshare
+from mshare import advice
+from mshare.advice import Target
+from mshare.cli import COMMANDS, main
+from mshare.cli import advise as advise_command
+from tests import shown
+from tests.shown import PLACES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,9 +45,68 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     """A shown ``mshare`` command is one."""
-    shown = "\n".join(blocks(page, "sh"))
-    for command in re.findall(r"(?:^|\s|/|\| )mshare ([a-z][a-z-]*)", shown):
+    text = "\n".join(block.text for block in shown.blocks(page))
+    for command in re.findall(r"(?:^|\s|/|\| )mshare ([a-z][a-z-]*)", text):
         assert command in COMMANDS
+
+
+@pytest.mark.parametrize("page", shown.pages(""), ids=lambda page: page.name)
+def test_shell_runs(page: Path, tmp_path: Path) -> None:
+    """The commands of a page, in order, end well, print what is shown, and leave no region."""
+    try:
+        shown.run(page, "", tmp_path)
+        assert not shown.named(page)
+    finally:
+        for name in shown.named(page):
+            mshare.unlink(name)
+
+
+def test_every_block_says_whether_it_runs() -> None:
+    """No block is left out by a word that nobody knows, and half of the shell's run."""
+    known = {"", "python", "python not run"}
+    known |= {f"{language} {where}".strip() for language in ("sh", "console") for where in PLACES}
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(), re.M)
+        assert set(fences[::2]) <= known, page
+        assert set(fences[1::2]) <= {""}, page
+    found = [block for page in shown.DOCS.glob("*.md") for block in shown.blocks(page)]
+    assert {block.where for block in found} == set(PLACES)
+    assert sum(block.where != "not run" for block in found) >= len(found) / 2
+
+
+@pytest.mark.parametrize(
+    ("output", "good"),
+    [("a\n…\nb\n", True), ("a\nx y\nb\n", True), ("a\n… y\nb\n", True), ("a\nb\n", False)],
+)
+def test_shown_output_is_compared(output: str, good: bool) -> None:
+    """An output that differs from what is shown is found."""
+    assert bool(re.fullmatch(shown.pattern(output), "a\nx y\nb\n")) is good
+
+
+def test_what_a_server_may_print(capsys: pytest.CaptureFixture[str]) -> None:
+    """The examples of a server, which can't be had here, have the form of what is printed."""
+    page = (shown.DOCS / "see-the-cost.md").read_text()
+    fenced = re.findall(r"^```(.*)\n((?:.*\n)*?)```$", page, re.M)
+    advised, top = [text for info, text in fenced if not info]
+    gib = 1 << 30
+    found = Target(
+        kind="file",
+        path="/data/features.npy",
+        pids=[4242, *range(33)],
+        programs={"gunicorn": 34},
+        size=390 * gib,
+        resident=212 * gib,
+        page_tables=int(25.9 * gib),
+        saves=int(25.2 * gib),
+        change=advice._change(advice._Group("file", ""), 390 * gib, Counter({"gunicorn": 34})),
+    )
+    advise_command._show(1, found)
+    assert capsys.readouterr().out.strip() == advised.strip()
+    assert main(["top", "--once"]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    headers = [line.split() for line in top.splitlines() if line and not re.search(r"\d", line)]
+    assert len(headers) == 2
+    assert all(header in printed for header in headers)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

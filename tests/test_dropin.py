@@ -240,3 +240,10 @@ print(memory.shared)
     result = python(code, file)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.strip() == str(LAB)
+
+
+def test_bad_smallest_size(python: SubPython) -> None:
+    """A size in ``MSHARE_MMAP_MIN`` that is none is named when mshare is imported."""
+    result = python("import mshare", MSHARE_MMAP_MIN="a lot")
+    assert result.returncode == 1
+    assert "not a size: 'MSHARE_MMAP_MIN=a lot'" in result.stderr

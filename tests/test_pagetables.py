@@ -49,6 +49,8 @@ def test_figures_say_where_they_are_from() -> None:
         pagetables.process(),
         pagetables.process(here),
         pagetables.system(),
+        pagetables.own(),
+        pagetables.own(here),
         faults.minor,
         faults.major,
         *(figure for each in pagetables.mappings() for figure in (each.size, each.resident)),
@@ -90,3 +92,30 @@ except PermissionError:
 """
     result = as_nobody(code, os.getpid())
     assert result.stdout == "True\nrefused\n", result.stderr
+
+
+def test_own_memory(name: str, python: SubPython) -> None:
+    """A process's own is what it wrote itself: not shared memory, nor what it had of its parent."""
+    code = """
+import os, sys, mshare
+from mshare import pagetables
+size = 32 << 20
+inherited = bytearray(size)
+region = mshare.create(sys.argv[1], size, engine="shm")
+if os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+start = pagetables.own()
+memoryview(region)[:] = bytes(size)
+bytes(inherited[:1])
+shared = pagetables.own() - start
+for place in range(0, size, 4096):
+    inherited[place] = 1
+copied = pagetables.own() - start
+print(shared, copied, flush=True)
+os._exit(0)
+"""
+    result = python(code, name)
+    assert result.returncode == 0, result.stderr
+    shared, copied = map(int, result.stdout.split())
+    assert abs(shared) < 2 << 20
+    assert 32 << 20 <= copied < 34 << 20

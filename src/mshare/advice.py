@@ -7,16 +7,12 @@ is private to each of them, and no sharing of page tables would help it.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
-import re
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import mshare
 from mshare import cost, engines
 from mshare.processes import (
     SAMPLES,
@@ -269,7 +265,7 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
     if group.kind == "hugetlb":
         return "map it at an address that is a whole GiB, as mshare.attach does on engine hugetlb"
     if group.kind == "file":
-        return _change_file(path)
+        return "mshare.mmap(...) in place of mmap.mmap(...), with the same arguments"
     if program in _POSTGRES and group.kind in ("anonymous", "sysv"):
         pages = round_up(size, HUGE_PAGE) // HUGE_PAGE
         return (
@@ -279,17 +275,7 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
     if os.path.dirname(path) == engines.by_name("shm").directory():
         name = os.path.basename(path)
         return f"mshare module load, as root; then create the region {name} anew"
-    region = f"mshare.create('NAME', {size}) once; in each process: mshare.attach('NAME')"
-    if importlib.util.find_spec("mshare.cli.run"):
-        return f"the program as it is: mshare run -- PROGRAM ...; or {region}"
-    return region
-
-
-def _change_file(path: str) -> str:
-    if hasattr(mshare, "mmap"):
-        return "mshare.mmap(...) in place of mmap.mmap(...), with the same arguments"
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(path)).strip(".-") or "NAME"
     return (
-        f"mshare create {name} --backing {shlex.quote(path)}; "
-        f"in each process: mshare.attach({name!r}, readonly=True)"
+        "the program as it is: mshare run -- PROGRAM ...; or "
+        f"mshare.create('NAME', {size}) once; in each process: mshare.attach('NAME')"
     )

@@ -36,6 +36,12 @@ class SharedArray(_Array):
         region = self._inside()
         return region.name if region else None
 
+    @property
+    def engine(self) -> str | None:
+        """The name of the engine that holds it; None for an array in memory of its own."""
+        region = self._inside()
+        return region.engine if region else None
+
     def _inside(self) -> Region | None:
         """The region that holds all of this array."""
         region = self._region
@@ -87,6 +93,16 @@ def _over(region: Region, array: _Array) -> SharedArray:
     return shared
 
 
+def plain(array: npt.ArrayLike) -> _Array:
+    """The array as one that a region can hold. :raises TypeError: there is none."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError("a masked array is two: share its data and its mask")
+    found = np.asarray(array)
+    if found.dtype.hasobject:
+        raise TypeError(f"a region can't hold elements of dtype '{found.dtype}'")
+    return found
+
+
 def share(
     array: npt.ArrayLike,
     name: str | None = None,
@@ -103,24 +119,26 @@ def share(
         a name of its own, which goes with the last array over it in this process, or with the
         process. Who has attached it by then keeps it.
     :param mode, engine: as for :func:`mshare.create`.
-    :raises TypeError: the elements are Python objects.
+    :raises TypeError: the elements are Python objects, or some are masked.
     :raises FileExistsError: the name is taken.
     :raises OSError: as :func:`mshare.create`.
     """
-    source = np.asarray(array)
-    if source.dtype.hasobject:
-        raise TypeError(f"a region can't hold elements of dtype '{source.dtype}'")
+    source = plain(array)
     chosen = f"share-{uuid.uuid4().hex}" if name is None else name
     size = max(round_up(source.nbytes, PAGE_SIZE), PAGE_SIZE)
-    region = create(chosen, size, mode, engine=engine)
     order: Literal["C", "F"] = "C"
     if source.flags.f_contiguous and not source.flags.c_contiguous:
         order = "F"
-    shared = _over(region, np.ndarray(source.shape, source.dtype, memoryview(region), order=order))
+
+    def over(region: Region) -> _Array:
+        return np.ndarray(source.shape, source.dtype, memoryview(region), order=order)
+
+    region = create(
+        chosen, size, mode, engine=engine, fill=lambda region: np.copyto(over(region), source)
+    )
     if name is None:
         weakref.finalize(region, _unlink, chosen, region.engine, os.getpid())
-    np.copyto(shared, source)
-    return shared
+    return _over(region, over(region))
 
 
 def _unlink(name: str, engine: str, creator: int, here: Callable[[], int] = os.getpid) -> None:

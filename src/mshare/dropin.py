@@ -28,12 +28,15 @@ from typing import Any, Self
 
 from mshare import engines, mapping
 from mshare.engines.msharefs import Msharefs
-from mshare.errors import unsupported
+from mshare.errors import invalid, unsupported
 from mshare.sizes import SLOT_SIZE, parse_offset, round_up
 
 __all__ = ["ACCESS_COPY", "ACCESS_DEFAULT", "ACCESS_READ", "ACCESS_WRITE", "mmap"]
 
-MIN_SIZE = parse_offset(os.environ.get("MSHARE_MMAP_MIN") or "4M")
+try:
+    MIN_SIZE = parse_offset(os.environ.get("MSHARE_MMAP_MIN") or "4M")
+except ValueError:
+    raise invalid("not a size", f"MSHARE_MMAP_MIN={os.environ['MSHARE_MMAP_MIN']}") from None
 """Bytes: below, a window of its own costs a process about as much as the plain page tables."""
 
 _POPULATE = {22, 23}

@@ -106,6 +106,25 @@ def mappings(pid: int | None = None) -> list[Mapping]:
     return found
 
 
+def own(pid: int | None = None) -> Figure:
+    """Bytes of memory that a process has for itself: in private mappings, and in no other process.
+
+    What forked processes have in common counts for none of them, until one writes to it.
+
+    :raises ProcessLookupError: no such process.
+    :raises PermissionError: it belongs to another user.
+    """
+    path = f"/proc/{pid or 'self'}/smaps"
+    total, private = 0, False
+    for line in _lines(path, pid):
+        key, _, value = line.partition(":")
+        if key in ("Private_Clean", "Private_Dirty"):
+            total += private * int(value.split()[0]) * _KB
+        elif "-" in key.split(" ", 1)[0]:
+            private = line.split(None, 2)[1][3] == "p"
+    return Figure(total, "bytes", f"{path} Private_Clean + Private_Dirty of private mappings")
+
+
 def mapping_at(address: int, pid: int | None = None) -> Mapping:
     """The mapping that holds ``address``. :raises LookupError: nothing is mapped there."""
     for mapping in mappings(pid):

@@ -271,6 +271,7 @@ def create(
     engine: str | None = None,
     address: int | None = None,
     locked: bool = False,
+    fill: Callable[[Region], object] | None = None,
 ) -> Region:
     """Create a region and attach it for reading and writing.
 
@@ -283,14 +284,19 @@ def create(
     :param address: attach here; by default an address the engine likes.
     :param locked: take all memory now and never move it, as a process needs that gives its
         window to a virtual machine. Counts against RLIMIT_MEMLOCK.
+    :param fill: called with the region before it has its name, so that nobody sees it half
+        filled. If it fails, or its process dies, there is no region. Others of this user who
+        create the name meanwhile wait for it.
     :raises FileExistsError: the name is taken.
     :raises OSError: ENOSPC when the memory is not there, now rather than later; EOPNOTSUPP where
         the engine can't lock.
     :raises ValueError: a bad name, size or mode (an ``OSError`` with errno too).
     """
     check_name(name)
-    chosen = engines.asked(engine)
+    engines.asked(engine)
     if backing is not None:
+        if fill is not None:
+            raise TypeError("a region over a file has the file's content; leave out fill")
         return _create_over(name, size, mode, backing, engine, address, locked=locked)
     if size is None:
         raise TypeError("a region needs a size, or backing= a file")
@@ -300,9 +306,15 @@ def create(
         with creating(name):
             if engines.holder(name):
                 raise exists(name)
-            chosen = engines.best(engine, bytes_, locked=locked)
-            chosen.create(name, bytes_, mode, locked=locked)
-        return _attach_created(name, chosen, address)
+            best = engines.best(engine, bytes_, locked=locked)
+
+            def filled(fd: int) -> None:
+                if fill is not None:
+                    with Region(name, best, os.dup(fd), readonly=False, address=None) as region:
+                        fill(region)
+
+            best.create(name, bytes_, mode, locked=locked, fill=filled)
+        return _attach_created(name, best, address)
 
 
 def _create_over(

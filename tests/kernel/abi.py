@@ -10,6 +10,7 @@ import mmap as python_mmap
 import os
 import pickle
 import resource
+import select
 import signal
 import struct
 import time
@@ -251,16 +252,32 @@ class Child:
         assert good, answer
         return answer
 
-    def signal(self) -> int | None:
-        """The signal it died by, or None."""
+    def signal(self, seconds: float = 300) -> int | None:
+        """The signal it died by, or None. :raises AssertionError: it does not end."""
+        pidfd = os.pidfd_open(self.pid)
+        ended = select.select([pidfd], [], [], seconds)[0]
+        os.close(pidfd)
+        if not ended:
+            os.kill(self.pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self._reading)
+        assert ended, f"the child still runs after {seconds} s"
         return -status if status < 0 else None
 
     def kill(self) -> None:
         """kill -9, and wait."""
         os.kill(self.pid, signal.SIGKILL)
         self.signal()
+
+
+def within(folder: str, work: Callable[..., object], *args: object) -> Child:
+    """A process in a cgroup."""
+
+    def run() -> object:
+        enter(folder)
+        return work(*args)
+
+    return Child(run)
 
 
 def forever() -> None:

@@ -24,7 +24,6 @@ from tests.conftest import NOBODY
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, SLOT
 from tests.kernel.test_lifetime import module_users
-from tests.kernel.test_memory import within
 
 MIB = 1 << 20
 FIXED = abi.SHARED | abi.FIXED
@@ -173,7 +172,7 @@ def test_layout_change_without_memory(region: int) -> None:
         return told
 
     with abi.cgroup("limit", **{"swap.max": "0"}) as folder:
-        child = within(folder, limited, folder)
+        child = abi.within(folder, limited, folder)
         while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
             # should it need memory of its own while there is none
             time.sleep(0.3)
@@ -206,7 +205,7 @@ def test_creation_in_a_full_group(path: str) -> None:
         return 0, None, False
 
     with abi.cgroup("full", max=str(32 * MIB)) as folder:
-        assert within(folder, create).result() == (errno.ENOSPC, "full-group", True)
+        assert abi.within(folder, create).result() == (errno.ENOSPC, "full-group", True)
     assert "full-group" not in {each.name for each in mshare.list()}
 
 

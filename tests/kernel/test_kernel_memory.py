@@ -11,7 +11,6 @@ import pytest
 
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SLOT
-from tests.kernel.test_memory import within
 
 MIB = 1 << 20
 NORESERVE = 0x4000
@@ -109,7 +108,7 @@ def test_it_is_charged(path: str, maker: Callable[[str, int], None]) -> None:
             assert charged > grown * 8 // 10, (charged, grown)
 
         try:
-            within(folder, measured).result()
+            abi.within(folder, measured).result()
         finally:
             clean(path)
             os.rmdir(path)
@@ -129,7 +128,7 @@ def test_it_is_limited(path: str, maker: Callable[[str, int], None]) -> None:
 
     with abi.cgroup("maker", **{"max": str(most), "swap.max": "0"}) as folder:
         before = taken()
-        assert within(folder, greedy).signal() in (None, signal.SIGKILL)
+        assert abi.within(folder, greedy).signal() in (None, signal.SIGKILL)
         assert not finished[0]
         assert taken() - before < most + most // 4
         os.close(abi.make(f"{path}-other"))

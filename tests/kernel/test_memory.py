@@ -23,16 +23,6 @@ SIZE = 64 * MIB
 PROCESS_VM_WRITEV = 311
 
 
-def within(folder: str, work: Callable[..., object], *args: object) -> abi.Child:
-    """A process in a cgroup."""
-
-    def run() -> object:
-        abi.enter(folder)
-        return work(*args)
-
-    return abi.Child(run)
-
-
 def fill_new(region: int, start: int, size: int) -> None:
     """Attach and store in every page of a range."""
     address = abi.mmap(region)
@@ -74,12 +64,12 @@ def window(region: int) -> Iterator[int]:
 def test_first_toucher_pays(region: int) -> None:
     """The process that touches a page first is charged for it, not the creator or the next."""
     with abi.cgroup("first") as first, abi.cgroup("second") as second:
-        within(first, fill_new, region, 0, SIZE).result()
+        abi.within(first, fill_new, region, 0, SIZE).result()
         paid = abi.current(first)
         assert SIZE <= paid < SIZE + 16 * MIB
-        within(second, fill_new, region, 0, SIZE).result()
+        abi.within(second, fill_new, region, 0, SIZE).result()
         assert abi.current(second) < 16 * MIB
-        within(second, fill_new, region, SIZE, SIZE).result()
+        abi.within(second, fill_new, region, SIZE, SIZE).result()
         assert abi.current(second) >= SIZE
         assert abi.current(first) <= paid
         abi.unmap(region, 0, SLOT)
@@ -94,7 +84,7 @@ def test_content_of_a_file_is_paid_too(disk: str, path: str) -> None:
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     with abi.cgroup("reader") as reader:
-        within(reader, lambda: abi.touch(abi.mmap(fd), SIZE)).result()
+        abi.within(reader, lambda: abi.touch(abi.mmap(fd), SIZE)).result()
         assert abi.current(reader) >= SIZE // 2
     os.close(fd)
     os.close(file)
@@ -109,7 +99,7 @@ def test_remote_touch_charges_the_owner(region: int) -> None:
         abi.forever()
 
     with abi.cgroup("owner") as owner:
-        child = within(owner, stay)
+        child = abi.within(owner, stay)
         assert abi.settle(lambda: 0 if elsewhere[0] else 1, 0) == 0
         size = 8 * MIB
         source = abi.anonymous(size)
@@ -127,7 +117,7 @@ def test_over_its_limit_a_group_kills_its_own(region: int, window: int) -> None:
     abi.put(window, b"whole")
     stay = abi.Child(abi.forever)
     with abi.cgroup("small", **{"max": str(32 * MIB), "swap.max": "0"}) as small:
-        greedy = within(small, fill_new, region, PAGE, SIZE)
+        greedy = abi.within(small, fill_new, region, PAGE, SIZE)
         assert greedy.signal() in (signal.SIGKILL, signal.SIGBUS)
         events = Path(f"{small}/memory.events").read_text()
         assert "oom 0" not in events
@@ -150,7 +140,7 @@ def test_killed_for_its_own_memory(region: int, window: int) -> None:
 
     for _ in range(4):
         with abi.cgroup("greedy", **{"max": str(32 * MIB), "swap.max": "0"}) as folder:
-            assert within(folder, greedy).signal() == signal.SIGKILL
+            assert abi.within(folder, greedy).signal() == signal.SIGKILL
         assert stamped(window, MIB)
     assert info(region).attachments == 1
 
@@ -164,7 +154,7 @@ def test_swapped_out_and_in(region: int, window: int) -> None:
             stamp(address, SIZE)
 
         before = swapped()
-        within(folder, fill).result()
+        abi.within(folder, fill).result()
         reclaim(folder, SIZE)
         assert swapped() - before > SIZE // 2
         assert info(region).resident_bytes < SIZE // 2

@@ -101,7 +101,7 @@ def test_no_stale_entry_on_any_cpu(region: int, end: str) -> None:
             content = abi.get(address, SIZE)
         else:
             abi.unmap(region, 0, SIZE)
-        assert [child.signal() for child in children] == [signal.SIGSEGV] * len(CPUS)
+        assert [child.signal(60) for child in children] == [signal.SIGSEGV] * len(CPUS)
         if end == "protect":
             assert abi.get(address, SIZE) == content
             abi.protect(region, 0, SIZE, RW)

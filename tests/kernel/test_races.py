@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import socket
 import threading
@@ -22,6 +23,8 @@ from tests.kernel.abi import PAGE, READ, RW, SLOT
 SECONDS = 2.0
 PAGES = 512
 SIZE = PAGES * PAGE
+BELOW = 256 << 20
+NOHUGEPAGE = 15
 FIXED = abi.SHARED | abi.FIXED
 OVER = abi.PRIVATE | abi.ANONYMOUS | abi.FIXED
 FUTEX, VMSPLICE, IO_URING_SETUP, IO_URING_REGISTER = 202, 278, 425, 427
@@ -216,6 +219,27 @@ def move(region: int, spots: list[int]) -> Callable[[], None]:
         abi.mremap(spots[1], SLOT, SLOT, 3, spots[0])
 
     return once
+
+
+def test_fork_of_who_is_to_stop(region: int, window: int) -> None:
+    """A freeze of its group that meets a fork leaves no child without the window."""
+
+    def fork_often() -> None:
+        # below the window, so it is copied before it: fork is slow, and then comes to the window
+        below = abi.mmap(-1, BELOW, RW, abi.PRIVATE | abi.ANONYMOUS, window - SLOT)
+        assert below < window
+        abi.madvise(below, BELOW, NOHUGEPAGE)
+        abi.fill(below, BELOW)
+        for _ in range(30):
+            assert abi.Child(abi.get, window, PAGE).result() == page(0)
+
+    with abi.cgroup("freezes") as folder:
+        child = abi.within(folder, fork_often)
+        while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            for state in "1", "0":
+                Path(folder, "cgroup.freeze").write_text(state)
+                time.sleep(random.uniform(0, 0.01))
+        child.result()
 
 
 @pytest.mark.parametrize("change", [swap_places, move])

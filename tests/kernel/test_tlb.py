@@ -22,7 +22,7 @@ import pytest
 
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SHARED, SLOT
-from tests.kernel.test_memory import PROCESS_VM_WRITEV, reclaim, within
+from tests.kernel.test_memory import PROCESS_VM_WRITEV, reclaim
 from tests.kernel.test_protect import CPUS, count_up, notes, number, wait_for
 
 EACH = 16
@@ -88,8 +88,7 @@ def in_use_on_each_cpu(path: str, region: int) -> Iterator[tuple[int, Callable[[
         board[ANNOUNCED] += 1
         wanted = {cpu: board[cpu] + 2 for cpu in CPUS}
         behind = abi.settle(lambda: sum(board[cpu] < wanted[cpu] for cpu in CPUS), 0, 60)
-        if behind:
-            return  # one has ended: its result says why
+        assert not behind, "one has ended: its result says why"
         for cpu in CPUS:
             least = board[cpu]
             for page in own(cpu):
@@ -117,7 +116,7 @@ def test_reclaim(region: int, path: str) -> None:
     """Pages go to swap."""
     before = counted("pswpout")
     with abi.cgroup("reclaimed") as folder:
-        within(folder, lambda: abi.fill(abi.mmap(region), PAGES * PAGE, 0)).result()
+        abi.within(folder, lambda: abi.fill(abi.mmap(region), PAGES * PAGE, 0)).result()
         with in_use_on_each_cpu(path, region) as (_, check):
             for _ in range(ROUNDS):
                 reclaim(folder, PAGES * PAGE)
@@ -134,7 +133,7 @@ def test_reclaim_of_a_file(disk: str, path: str) -> None:
     abi.create_mapping(region, size=PAGES * PAGE, flags=SHARED | abi.FIXED, fd=file)
     before = counted("pgsteal_file")
     with abi.cgroup("reclaimed") as folder:
-        within(folder, lambda: abi.fill(abi.mmap(region), PAGES * PAGE, 0)).result()
+        abi.within(folder, lambda: abi.fill(abi.mmap(region), PAGES * PAGE, 0)).result()
         with in_use_on_each_cpu(path, region) as (_, check):
             for _ in range(ROUNDS):
                 os.fsync(file)
@@ -178,7 +177,7 @@ def test_file_cut_short(disk: str, path: str) -> None:
         wait_for(*(note + 8 * cpu for cpu in CPUS))
         os.ftruncate(file, 0)
         noted = [number(note + 8 * cpu) for cpu in CPUS]
-        assert [child.signal() for child in children] == [signal.SIGBUS] * len(CPUS)
+        assert [child.signal(60) for child in children] == [signal.SIGBUS] * len(CPUS)
         # the note of the last store may come after it
         assert all(
             number(note + 8 * cpu) - least < 2 for cpu, least in zip(CPUS, noted, strict=True)

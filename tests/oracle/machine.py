@@ -41,7 +41,7 @@ from tests.oracle.setting import NOBODY, Setting
 from tests.oracle.worker import NOMINAL, Call, Outcome, outcome
 
 T = TypeVar("T")
-ARENA = 16 << 40
+ARENA, WISHES = 16 << 40, 24 << 40
 """Where windows with a chosen address go, in every process."""
 PROCESSES = 3
 BATCH = 100
@@ -483,7 +483,8 @@ class Machine(Comparing):
         self, p: int, fd: int, size: int, prot: int, flags: int, at: int, shift: int, offset: int
     ) -> None:
         """Arguments of which one or more are mostly wrong."""
-        place = ARENA + at * SLOT + shift
+        # a wish that is granted is not to be in the way of what has to be at its address
+        place = (ARENA if flags & (FIXED | NOREPLACE) else WISHES) + at * SLOT + shift
         p, handle = self.descriptor(p, fd)
         self.attach(p, handle, size, prot, flags, place, offset)
 

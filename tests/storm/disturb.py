@@ -41,8 +41,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def reclaim(rng: random.Random) -> None:
-    """Some of what the workers were charged for."""
-    _write(rng.choice([WORKERS, TIGHT]) / "memory.reclaim", str(rng.randint(1, 32) * MIB))
+    """Some of what the workers were charged for; often so much that pages in use go too."""
+    group = rng.choice([WORKERS, TIGHT])
+    amount = rng.choice([rng.randint(1, 32), 32])
+    _write(group / "memory.reclaim", str(amount * MIB))
     if rng.random() < 0.1:
         _write(Path("/proc/sys/vm/drop_caches"), "1")
 

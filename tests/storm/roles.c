@@ -153,7 +153,7 @@ void change_layout(unsigned int region, const char *ops)
 			stays(&v, &run, &r);
 		self.seat->beats++;
 		/* the others are to get on, too */
-		usleep(draw(&r, 4 * (microseconds() - start) + 1000));
+		usleep(draw(&r, microseconds() - start + 1000));
 	}
 }
 

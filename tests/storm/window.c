@@ -198,22 +198,51 @@ void refused(uint64_t r, long unused)
 	cover(self.arena + CROOKED, size);
 }
 
-/* Store in a few pages of our own as fast as can be: what reclaim must not lose. */
-void spin(uint64_t r, long unused)
+/*
+ * In a few pages of our own: what reclaim must not lose. A store through a stale translation shows
+ * at the load after it alone; the next store would hide it.
+ */
+static void spin_in_own(const struct view *v, uint64_t *r)
 {
 	const struct area *area[4];
 	unsigned long page[4];
+
+	for (unsigned int n = 0; n < 4; n++)
+		if (!own_page(v, r, &area[n], &page[n]))
+			return;
+	for (unsigned long turn = draw(r, 1UL << draw(r, 17)); turn && !stopping(); turn--) {
+		unsigned int n = turn % 4;
+
+		check_load(v, area[n]->offset + page[n] * PAGE, &methods[INSTRUCTION]);
+		advance(v, area[n], page[n], &methods[INSTRUCTION]);
+	}
+	for (unsigned int n = 0; n < 4; n++)
+		check_load(v, area[n]->offset + page[n] * PAGE, &methods[INSTRUCTION]);
+}
+
+/* In a page of a cell: what a layout change must not leave behind. */
+static void spin_in_cell(const struct view *v, uint64_t *r)
+{
+	unsigned long page = draw(r, CELLS) * CELL_PAGES + draw(r, CELL_PAGES / SPREAD) * SPREAD +
+			     SPREAD / 2;
+
+	for (unsigned long turn = draw(r, 1UL << draw(r, 14)); turn && !stopping(); turn--) {
+		check_load(v, CELL_BASE + page * PAGE, &methods[INSTRUCTION]);
+		check_store(v, CELL_BASE + page * PAGE, &methods[INSTRUCTION]);
+	}
+}
+
+/* Load and store in one place as fast as can be, so that its translation stays in use. */
+void spin(uint64_t r, long unused)
+{
 	struct view v;
 
 	if (!some_view(&r, true, &v))
 		return;
-	for (unsigned int n = 0; n < 4; n++)
-		if (!own_page(&v, &r, &area[n], &page[n]))
-			return;
-	for (unsigned long turn = draw(&r, 1UL << draw(&r, 17)); turn && !stopping(); turn--)
-		advance(&v, area[turn % 4], page[turn % 4], &methods[INSTRUCTION]);
-	for (unsigned int n = 0; n < 4; n++)
-		check_load(&v, area[n]->offset + page[n] * PAGE, &methods[INSTRUCTION]);
+	if (v.now.slot + v.now.slots > 1 && draw(&r, 2))
+		spin_in_cell(&v, &r);
+	else
+		spin_in_own(&v, &r);
 }
 
 /* Loads and stores here and there. */
@@ -235,29 +264,50 @@ void probe(uint64_t r, long how)
 	}
 }
 
-/* While the other thread maps and moves. What is not attached must not be there. */
+/*
+ * Load in one place, whatever the other thread does to the window there. What is not attached must
+ * not be there.
+ */
+static void watch(unsigned int number, uint64_t *r)
+{
+	unsigned long offset = draw(r, 16) * PAGE;
+	char *at = spot(number, draw(r, 2));
+	uint64_t value;
+	struct view v;
+
+	for (unsigned long turn = draw(r, 1UL << draw(r, 14)); turn && !stopping(); turn--) {
+		if (!view_of(number, &v))
+			continue;
+		if (v.now.at) {
+			at = v.now.at;
+			check_load(&v, v.now.slot * SLOT + offset, &methods[INSTRUCTION]);
+			continue;
+		}
+		if (at < self.arena || at >= self.arena + ARENA)
+			return;
+		if (!try_load(at + offset, &value) && self.window[number].seq == v.now.seq)
+			finding("a window that has gone is still there: %lx", value);
+		count(CHECKS, 1);
+	}
+}
+
+/* While the other thread maps and moves. */
 static void *looker(void *unused)
 {
-	uint64_t r = self.seed ^ 1, value;
+	uint64_t r = self.seed ^ 1;
 	struct view v;
 
 	while (!stopping()) {
 		unsigned int number = draw(&r, WINDOWS);
-		bool valid = view_of(number, &v);
 
-		if (valid && v.now.at) {
+		watch(number, &r);
+		if (view_of(number, &v) && v.now.at) {
 			check_load(&v, place(&v, &r), &methods[draw(&r, 2)]);
 			if (!pthread_mutex_trylock(&storing)) {
 				if (view_of(number, &v) && v.now.at)
 					check_store(&v, place(&v, &r), &methods[INSTRUCTION]);
 				pthread_mutex_unlock(&storing);
 			}
-		} else if (valid) {
-			int sig = try_load(spot(number, draw(&r, 2)) + draw(&r, 16) * PAGE, &value);
-
-			if (!sig && self.window[number].seq == v.now.seq)
-				finding("a window that has gone is still there: %lx", value);
-			count(CHECKS, 1);
 		}
 		if (!draw(&r, 64))
 			usleep(draw(&r, 20000));

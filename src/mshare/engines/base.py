@@ -103,16 +103,30 @@ class Engine(ABC):
         """Bytes: a region's file is a multiple of this."""
         return PAGE_SIZE
 
-    def create(self, name: str, size: int, mode: int, *, locked: bool = False) -> None:
+    def create(
+        self,
+        name: str,
+        size: int,
+        mode: int,
+        *,
+        locked: bool = False,
+        fill: Callable[[int], None] = lambda fd: None,
+    ) -> None:
         """Make the region ``name`` of ``size`` bytes, whole pages.
 
+        :param fill: called with a descriptor of the region before it has its name.
         :raises FileExistsError: the name is taken.
         :raises OSError: ENOSPC when the memory is not there; ENODEV without a place for it;
             EOPNOTSUPP when this engine can't lock it.
         """
         if locked and not self.locks:
             raise unsupported("lock a region in memory", self.name, "msharefs", name)
-        self._publish(name, mode, lambda fd: self.reserve(fd, size, name, locked=locked))
+
+        def make(fd: int) -> None:
+            self.reserve(fd, size, name, locked=locked)
+            fill(fd)
+
+        self._publish(name, mode, make)
 
     def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> None:
         """Make a file without a name, have it filled, and link it as ``name``."""
