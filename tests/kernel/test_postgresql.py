@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import skip
-from tests.kernel.test_lifetime import nothing_left
+from tests.kernel import abi
+from tests.kernel.test_lifetime import module_users, nothing_left
 from tests.postgresql import MSHARE_RUN, Cluster, binaries, of_process
 
 SETTINGS = {"shared_buffers": "128MB", "huge_pages": "off", "autovacuum": "off", "jit": "off"}
@@ -125,13 +126,18 @@ def test_a_killed_backend(cluster: Cluster) -> None:
 
 
 def test_a_killed_server(cluster: Cluster) -> None:
-    """kill -9 of the first process: its backends end, nothing is left, and it starts again."""
+    """kill -9 of the first process: its backends end, the regions go, and it starts again.
+
+    What PostgreSQL keeps in /dev/shm it finds and removes itself when it starts, as ever.
+    """
     with nothing_left():
+        users = module_users()
         cluster.start(UNDER, **SETTINGS)
         connection = cluster.connect()
         connection.ask("create table committed as select 42 as number")
         processes = cluster.processes()
         assert len(processes) > 5
+        assert module_users() > users
         assert cluster.stop(signal.SIGKILL) == -signal.SIGKILL
         with pytest.raises(ConnectionError):
             connection.ask("select 1")
@@ -140,7 +146,7 @@ def test_a_killed_server(cluster: Cluster) -> None:
         while any(os.path.exists(f"/proc/{pid}") for pid in processes):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-    with nothing_left():
+        assert abi.settle(module_users, users) == users
         cluster.start(UNDER, **SETTINGS)
         connection = cluster.connect()
         assert connection.ask("select number from committed") == "42"
