@@ -164,7 +164,7 @@ int mshare_layout_protect(struct mshare_region *r, const struct mshare_protect *
 struct mshare_pinning {
 	struct mm_struct *mm;		/* who pays */
 	struct task_struct *task;	/* who may be killed */
-	struct user_struct *user;	/* whose limit it is; NULL: nobody's */
+	const struct cred *cred;	/* whose user's limit it is; NULL: nobody's */
 	unsigned long counted;		/* pages not pinned yet */
 };
 

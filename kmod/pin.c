@@ -15,7 +15,6 @@
 #include <linux/fdtable.h>
 #include <linux/magic.h>
 #include <linux/sched/signal.h>
-#include <linux/sched/user.h>
 #include <linux/slab.h>
 #include "mshare.h"
 
@@ -24,7 +23,7 @@
 /* Part of one mapping. */
 struct mshare_pin {
 	struct list_head list;		/* in region->pins */
-	struct user_struct *user;	/* NULL: the caller need not count */
+	const struct cred *cred;	/* whose user's limit; NULL: the caller need not count */
 	unsigned long first;		/* page of the region */
 	unsigned long nr;		/* pages still pinned */
 	struct page *page[PIN_PAGES];
@@ -40,14 +39,14 @@ int mshare_pin_account(struct mshare_pinning *p, u64 size)
 		return -EPERM;
 	p->mm = current->mm;
 	p->task = current;
-	p->user = NULL;
+	p->cred = NULL;
 	if (capable(CAP_IPC_LOCK))
 		return 0;
 	if (atomic_long_add_return(pages, &current_user()->locked_vm) > limit) {
 		atomic_long_sub(pages, &current_user()->locked_vm);
 		return -ENOMEM;
 	}
-	p->user = get_uid(current_user());
+	p->cred = get_current_cred();
 	p->counted = pages;
 	return 0;
 }
@@ -55,10 +54,10 @@ int mshare_pin_account(struct mshare_pinning *p, u64 size)
 /* What was counted and not pinned. */
 void mshare_pin_done(struct mshare_pinning *p)
 {
-	if (!p->user)
+	if (!p->cred)
 		return;
-	atomic_long_sub(p->counted, &p->user->locked_vm);
-	free_uid(p->user);
+	atomic_long_sub(p->counted, &p->cred->user->locked_vm);
+	put_cred(p->cred);
 }
 
 static void unpin_page(struct mshare_region *r, struct mshare_pin *pin, unsigned long i)
@@ -69,8 +68,8 @@ static void unpin_page(struct mshare_region *r, struct mshare_pin *pin, unsigned
 	pin->page[i] = NULL;
 	pin->nr--;
 	atomic64_dec(&r->locked);
-	if (pin->user)
-		atomic_long_dec(&pin->user->locked_vm);
+	if (pin->cred)
+		atomic_long_dec(&pin->cred->user->locked_vm);
 }
 
 void mshare_unpin(struct mshare_region *r, unsigned long offset, unsigned long size)
@@ -84,8 +83,7 @@ void mshare_unpin(struct mshare_region *r, unsigned long offset, unsigned long s
 		if (pin->nr)
 			continue;
 		list_del(&pin->list);
-		if (pin->user)
-			free_uid(pin->user);
+		put_cred(pin->cred);
 		kfree(pin);
 		cond_resched();
 	}
@@ -120,8 +118,8 @@ static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned 
 	if (!pin)
 		return -ENOMEM;
 	pin->first = first;
-	if (p->user)
-		pin->user = get_uid(p->user);
+	if (p->cred)
+		pin->cred = get_cred(p->cred);
 	list_add(&pin->list, &r->pins);
 	while (pin->nr < pages) {
 		/* reading is enough: shared memory has no page that a store would replace */
@@ -131,7 +129,7 @@ static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned 
 			return got ?: -EFAULT;
 		pin->nr += got;
 		atomic64_add(got, &r->locked);
-		if (p->user)
+		if (p->cred)
 			p->counted -= got;
 	}
 	return 0;

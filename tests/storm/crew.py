@@ -107,7 +107,8 @@ class Crew:
                 start = time.monotonic()
                 what.turn(rng)
                 # the others are to get on, too, however slow the machine is
-                time.sleep(rng.uniform(0, what.pause) + 2 * (time.monotonic() - start))
+                took = time.monotonic() - start
+                time.sleep(rng.uniform(0, what.pause) + min(2 * took, 60))
             status = 0
         except Exception as error:
             self._control.find(f"{name}: {error!r}")
