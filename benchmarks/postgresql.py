@@ -1,8 +1,8 @@
 """PostgreSQL with many connections: as it comes, on huge pages, and under ``mshare run``.
 
 Run: ``mshare lab --memory 6G --disk 6G --timeout 3600 -- python -m benchmarks.postgresql``. The
-server is Debian's, unmodified, and the same cluster in one boot each way. Shared buffers are
-filled, then each of the connections looks into all of them, by counting the rows of a table with
+server is Debian's, unmodified, and the same cluster in one boot, each way in turns. Shared buffers
+are filled, then each of the connections looks into all of them, by counting the rows of a table with
 one row a buffer, then ``pgbench -S`` runs. Counts are exact; of the times only the ratio within
 this run says anything.
 """
@@ -10,6 +10,7 @@ this run says anything.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 BUFFER = 8192
 ROW = 7900
 """Bytes of a row, so that a buffer holds one: to count rows is to look into each buffer once."""
+RATE = "pgbench -S, transactions/s"
 Figures = dict[str, float]
 
 
@@ -121,14 +123,14 @@ class Benchmark:
         connected = time.perf_counter()
         pids = [connection.pid for connection in connections]
         cold, idle = [of_process(pid) for pid in pids], page_tables()
-        step("read all buffers in each connection")
+        step("read all buffers in each connection: done 0")
         warming = time.perf_counter()
         for connection in connections:
             connection.send("select count(*) from filler")
         for number, connection in enumerate(connections, 1):
             if int(connection.result()) != self.rows:
                 sys.exit("the table is not what was put into it")
-            step(f"read all buffers in each connection: {number}")
+            step(f"read all buffers in each connection: done {number}")
         done = time.perf_counter()
         warm, busy = [of_process(pid) for pid in pids], page_tables()
         for connection in connections:
@@ -146,8 +148,13 @@ class Benchmark:
             ),
             "connect, s": connected - start,
             "warm all, s": done - warming,
-            "pgbench -S, transactions/s": median(rates),
+            RATE: median(rates),
         }
+
+
+def tell(step: Callable[[str], None], where: str, text: str) -> None:
+    """What is being done, and in which round."""
+    step(f"{where}: {text}")
 
 
 def main() -> None:
@@ -155,7 +162,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--buffers", type=parse_size, default="1G", help="shared_buffers")
     parser.add_argument("--connections", type=int, default=100)
-    parser.add_argument("--seconds", type=int, default=20, help="of pgbench, three times each")
+    parser.add_argument("--seconds", type=int, default=20, help="of pgbench, three times a round")
+    parser.add_argument("--rounds", type=int, default=2, help="each way so often, in turns")
     parser.add_argument("--folder", type=Path, default=Path("/mnt/disk"))
     parser.add_argument("--way", action="append", choices=WAYS, help="only this way")
     parser.add_argument("--json", action="store_true")
@@ -166,7 +174,8 @@ def main() -> None:
     if os.geteuid() or not os.path.exists("/sys/fs/mshare/mshare_info"):
         sys.exit("the kernel module is not loaded; run this in the lab: mshare lab -- ...")
     cluster = Cluster(options.folder / f"postgresql-{os.getpid()}", programs)
-    results: dict[str, Figures] = {}
+    ways = options.way or list(WAYS)
+    rounds: dict[str, list[Figures]] = {way: [] for way in ways}
     try:
         with progress_bar() as (bar, task):
             benchmark = Benchmark(options, cluster)
@@ -175,27 +184,30 @@ def main() -> None:
             def step(text: str) -> None:
                 nonlocal shown
                 bar.update(task, description=text)
-                if bar.disable and text.split(":")[:2] != shown.split(":")[:2]:
+                if bar.disable and text.rstrip("0123456789") != shown.rstrip("0123456789"):
                     print(text, file=sys.stderr, flush=True)
                 shown = text
 
             step("make the tables")
             benchmark.fill()
-            for way in options.way or WAYS:
-                results[way] = benchmark.measure(
-                    way,
-                    lambda text, way=way: step(f"{way}: {text}"),  # type: ignore[misc]
-                )
+            for turn in range(options.rounds):
+                for way in ways if turn % 2 == 0 else ways[::-1]:
+                    said = functools.partial(tell, step, f"{turn + 1}, {way}")
+                    figures = benchmark.measure(way, said)
+                    rounds[way].append(figures)
+                    warm, rate = figures["warm all, s"], figures[RATE]
+                    said(f"done, {warm:.1f} s to warm all, {rate:.1f} transactions/s")
     finally:
         cluster.remove()
     if options.json:
-        print(json.dumps(results))
+        print(json.dumps(rounds))
         return
     where = f"Linux {platform.release()}, {os.cpu_count()} processors"
     print(f"{where}, {options.connections} connections, {human(options.buffers)} of buffers")
-    print(f"{'':<42}" + "".join(f"{way:>13}" for way in results))
-    for row in next(iter(results.values())):
-        print(f"{row:<42}" + "".join(f"{figures[row]:>13,.1f}" for figures in results.values()))
+    print(f"{'':<42}" + "".join(f"{way:>13}" for way in ways))
+    for row in rounds[ways[0]][0]:
+        values = [median(figures[row] for figures in rounds[way]) for way in ways]
+        print(f"{row:<42}" + "".join(f"{value:>13,.1f}" for value in values))
 
 
 if __name__ == "__main__":
