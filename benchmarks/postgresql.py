@@ -2,7 +2,7 @@
 
 Run: ``mshare lab --memory 6G --disk 6G --timeout 3600 -- python -m benchmarks.postgresql``. The
 server is Debian's, unmodified, and the same cluster in one boot, each way in turns. Shared buffers
-are filled, then each of the connections looks into all of them, by counting the rows of a table with
+are filled, then each connection looks into all of them by counting the rows of a table that has
 one row a buffer, then ``pgbench -S`` runs. Counts are exact; of the times only the ratio within
 this run says anything.
 """
