@@ -433,6 +433,33 @@ static int info(void)
 	return call(MSHAREFS_INFO, &req, sizeof(req));
 }
 
+/* The region of a file, or of what is mapped somewhere; whoever asks for the same gets the same. */
+static int region_of(void)
+{
+	struct mshare_file file = {
+		.fd = fd_number(),
+		.access = PICK(O_RDWR, O_RDWR, O_RDONLY, O_WRONLY, 3, -1),
+	};
+	struct mshare_mapping mapping = {
+		.address = below(8) ? (uintptr_t)place() : odd(),
+		.access = file.access,
+		.reserved = below(32) ? 0 : draw(),
+	};
+	char control[400];
+	int fd, err;
+
+	snprintf(control, sizeof(control), "%s/../mshare_info", folder);
+	fd = open(control, O_RDONLY);
+	if (fd < 0)
+		return errno;
+	if (below(2))
+		err = keep(ioctl(fd, MSHAREFS_OPEN_FILE, &file));
+	else
+		err = keep(ioctl(fd, MSHAREFS_OPEN_MAPPING, &mapping));
+	close(fd);
+	return err;
+}
+
 /* A wrong number, size or direction; calls of other files. */
 static int odd_ioctl(void)
 {
@@ -647,6 +674,7 @@ static const struct kind {
 	{ "unmap", unmap, 5 },
 	{ "protect", protect, 6 },
 	{ "info", info, 4 },
+	{ "region_of", region_of, 4 },
 	{ "odd_ioctl", odd_ioctl, 4 },
 	{ "mmap", map, 16 },
 	{ "munmap", unmap_window, 3 },
