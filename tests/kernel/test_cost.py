@@ -50,7 +50,7 @@ def test_top_shows_the_counters(name: str, capsys: pytest.CaptureFixture[str]) -
         assert found.faults == counters.faults >= SIZE // PAGE_SIZE
         rate = watch.rates(before, after)[name, "msharefs"].faults
         assert rate
-        faults = rate * (after.taken - before.taken)
+        faults = round(rate * (after.taken - before.taken))
         assert 0 <= faults - SIZE // PAGE_SIZE <= RETRIED
         assert main(["top", "--once", "--interval", "0.1", "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)["regions"]
