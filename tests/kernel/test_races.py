@@ -23,7 +23,7 @@ from tests.kernel.abi import PAGE, READ, RW, SLOT
 SECONDS = 2.0
 PAGES = 512
 SIZE = PAGES * PAGE
-BELOW = 256 << 20
+BELOW = 64 << 20
 NOHUGEPAGE = 15
 FIXED = abi.SHARED | abi.FIXED
 OVER = abi.PRIVATE | abi.ANONYMOUS | abi.FIXED
@@ -230,7 +230,7 @@ def test_fork_of_who_is_to_stop(region: int, window: int) -> None:
         assert below < window
         abi.madvise(below, BELOW, NOHUGEPAGE)
         abi.fill(below, BELOW)
-        for _ in range(30):
+        for _ in range(20):
             assert abi.Child(abi.get, window, PAGE).result() == page(0)
 
     with abi.cgroup("freezes") as folder:
