@@ -122,8 +122,8 @@ static const struct mmu_notifier_ops guest_ops = {
 /*
  * The registration gives up when the task has something to see to, which fork
  * cannot pass on: it would leave a child with a dead window. Signals can be held
- * off; a stop for a tracer, a freeze of the cgroup or a task work cannot, so
- * what stands for those is put away and put back. Each comes anew at most.
+ * off. A stop for a tracer, a freeze of the cgroup and a task work cannot: their
+ * flags are put away and put back. One that comes meanwhile is put away too.
  */
 static struct mmu_notifier *register_guest(struct mm_struct *mm)
 {

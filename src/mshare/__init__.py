@@ -16,7 +16,8 @@ from mshare.calls import mshare, mshare_unlink
 from mshare.dropin import ACCESS_COPY, ACCESS_DEFAULT, ACCESS_READ, ACCESS_WRITE, mmap
 from mshare.engines.base import Stat
 from mshare.errors import InvalidValue
-from mshare.region import Region, attach, create, list, stat, unlink
+from mshare.region import Region
+from mshare.regions import attach, create, list, stat, unlink
 
 if TYPE_CHECKING:
     from mshare.arrays import SharedArray, share

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mshare.engines import by_name
-from mshare.region import Region, attach, create
+from mshare.region import Region
+from mshare.regions import attach, create
 from mshare.sizes import PAGE_SIZE, round_up
 
 _Array = np.ndarray[Any, np.dtype[Any]]

@@ -16,7 +16,7 @@ from mshare.engines import Engine
 from mshare.engines.base import exists
 from mshare.errors import about, invalid
 from mshare.names import check_name, creating
-from mshare.region import unlink
+from mshare.regions import unlink
 from mshare.sizes import MAX_SIZE, SLOT_SIZE
 
 _FLAGS = os.O_ACCMODE | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -33,7 +33,8 @@ from mshare.engines.base import DEFAULT_MODE
 from mshare.errors import invalid
 from mshare.memory import available
 from mshare.names import check_name, creating
-from mshare.region import Region, attach, create
+from mshare.region import Region
+from mshare.regions import attach, create
 from mshare.sizes import PAGE_SIZE, human, round_up
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -1,25 +1,20 @@
-"""Regions: named memory that any number of processes attach to."""
+"""An attachment to a region: its memory in this process."""
 
 from __future__ import annotations
 
-import builtins
-import errno
-import fcntl
 import math
 import operator
 import os
 import stat as st
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
-from mshare import engines, mapping
+from mshare import mapping
 from mshare.buffer import Exporter
 from mshare.engines import Engine, Stat
-from mshare.engines.base import DEFAULT_MODE, exists
-from mshare.errors import about, invalid
-from mshare.names import check_name, creating
+from mshare.errors import invalid
 from mshare.sizes import PAGE_SIZE, region_size, round_up
 
 if TYPE_CHECKING:
@@ -259,180 +254,6 @@ def _opened(file: PathOrFd | None, *, readonly: bool) -> Iterator[int | None]:
 
 
 def _reattach(name: str, readonly: bool, engine: str, address: int | None) -> Region:
+    from mshare.regions import attach
+
     return attach(name, readonly=readonly, engine=engine, address=address)
-
-
-def create(
-    name: str,
-    size: SupportsIndex | str | None = None,
-    mode: int | None = None,
-    *,
-    backing: PathOrFd | None = None,
-    engine: str | None = None,
-    address: int | None = None,
-    locked: bool = False,
-    fill: Callable[[Region], object] | None = None,
-) -> Region:
-    """Create a region and attach it for reading and writing.
-
-    :param size: bytes, or a string such as ``"4G"``; whole pages of 4096 bytes. An engine with
-        larger pages rounds it up: ``Region.size`` says what there is.
-    :param mode: permission bits, exactly as given (no umask); 0600 by default.
-    :param backing: a regular file, by path or open descriptor, to be the region's content; then
-        size and permission are the file's. Read-only where only reading is allowed.
-    :param engine: an engine's name; by default ``MSHARE_ENGINE``, else the best that works.
-    :param address: attach here; by default an address the engine likes.
-    :param locked: take all memory now and never move it, as a process needs that gives its
-        window to a virtual machine. Counts against RLIMIT_MEMLOCK.
-    :param fill: called with the region before it has its name, so that nobody sees it half
-        filled. If it fails, or its process dies, there is no region. Others of this user who
-        create the name meanwhile wait for it.
-    :raises FileExistsError: the name is taken.
-    :raises OSError: ENOSPC when the memory is not there, now rather than later; EOPNOTSUPP where
-        the engine can't lock.
-    :raises ValueError: a bad name, size or mode (an ``OSError`` with errno too).
-    """
-    check_name(name)
-    engines.asked(engine)
-    if backing is not None:
-        if fill is not None:
-            raise TypeError("a region over a file has the file's content; leave out fill")
-        return _create_over(name, size, mode, backing, engine, address, locked=locked)
-    if size is None:
-        raise TypeError("a region needs a size, or backing= a file")
-    bytes_ = region_size(size)
-    mode = _check_mode(DEFAULT_MODE if mode is None else mode)
-    with about(name):
-        with creating(name):
-            if engines.holder(name):
-                raise exists(name)
-            best = engines.best(engine, bytes_, locked=locked)
-
-            def filled(fd: int) -> None:
-                if fill is not None:
-                    with Region(name, best, os.dup(fd), readonly=False, address=None) as region:
-                        fill(region)
-
-            best.create(name, bytes_, mode, locked=locked, fill=filled)
-        return _attach_created(name, best, address)
-
-
-def _create_over(
-    name: str,
-    size: SupportsIndex | str | None,
-    mode: int | None,
-    backing: PathOrFd,
-    engine: str | None,
-    address: int | None,
-    *,
-    locked: bool,
-) -> Region:
-    if size is not None or mode is not None:
-        raise invalid("a region over a file has the file's size and mode; leave them out", name)
-    file = backing if isinstance(backing, int) else os.fspath(backing)
-    with about(name):
-        with creating(name):
-            if engines.holder(name):
-                raise exists(name)
-            chosen = engines.best(engine, over_file=True, locked=locked)
-            chosen.create_over(name, file, locked=locked)
-        return _attach_created(name, chosen, address, maybe_readonly=True)
-
-
-def _attach_created(
-    name: str, engine: Engine, address: int | None, *, maybe_readonly: bool = False
-) -> Region:
-    """Attach a region just made; if that fails, nothing of it remains."""
-    readonly = False
-    try:
-        try:
-            fd = engine.open(name, readonly=False)
-        except OSError as error:
-            if not maybe_readonly or error.errno not in (errno.EACCES, errno.EROFS):
-                raise
-            readonly = True
-            fd = engine.open(name, readonly=True)
-        return Region(name, engine, fd, readonly=readonly, address=address)
-    except BaseException:
-        with suppress(OSError):
-            engine.unlink(name)
-        raise
-
-
-def _check_mode(mode: object) -> int:
-    if not isinstance(mode, int) or isinstance(mode, bool):
-        raise TypeError(f"mode is an integer such as 0o640, not {type(mode).__name__}")
-    if not 0 <= mode <= 0o777:
-        raise invalid("mode is permission bits, 0 to 0o777", oct(mode))
-    return mode
-
-
-def attach(
-    name: str | int,
-    readonly: bool = False,
-    *,
-    engine: str | None = None,
-    address: int | None = None,
-) -> Region:
-    """Attach a region that exists.
-
-    :param name: its name, or an open descriptor of it (as another process may have sent); the
-        descriptor stays the caller's.
-    :param engine: where to look; by default ``MSHARE_ENGINE``, else everywhere.
-    :param address: attach here, where nothing may be mapped; by default the engine chooses.
-    :raises FileNotFoundError: no such region.
-    :raises PermissionError: its mode bits forbid it.
-    """
-    if isinstance(name, int):
-        return _attach_fd(name, readonly, address)
-    check_name(name)
-    with about(name):
-        found, fd = engines.open_region(name, engine, readonly=readonly)
-        return Region(name, found, fd, readonly=readonly, address=address)
-
-
-def _attach_fd(fd: int, readonly: bool, address: int | None) -> Region:
-    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).removesuffix(" (deleted)")
-    if access == os.O_WRONLY or (access == os.O_RDONLY and not readonly):
-        raise PermissionError(errno.EACCES, "the descriptor is not open for this access", name)
-    with about(name):
-        owner = next((each for each in engines.ENGINES if each.owns(fd)), engines.ENGINES[-1])
-        copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-        return Region(name, owner, copy, readonly=readonly, address=address)
-
-
-def unlink(name: str, *, engine: str | None = None) -> None:
-    """Remove the region's name. Its memory goes when the last attachment does.
-
-    :raises FileNotFoundError: no such region.
-    :raises PermissionError: it belongs to another user.
-    """
-    check_name(name)
-    try:
-        with about(name):
-            found = engines.find(name, engine)
-            found.unlink(name)
-    except FileNotFoundError as error:
-        if error.filename == name:
-            raise
-        raise engines.missing(name) from None
-    except PermissionError as error:
-        message = "only its owner or root can remove the region"
-        raise PermissionError(error.errno, message, name) from None
-
-
-def stat(name: str, *, engine: str | None = None) -> Stat:
-    """Size, memory, owner and mode of a region. :raises FileNotFoundError: no such region."""
-    check_name(name)
-    with about(name):
-        return engines.find(name, engine).stat(name)
-
-
-def list(engine: str | None = None) -> builtins.list[Stat]:
-    """Every region on this machine, by name; with ``engine``, those it holds."""
-    chosen = engines.by_name(engine) if engine else None
-    found = [
-        region for each in ((chosen,) if chosen else engines.ENGINES) for region in each.list()
-    ]
-    return sorted(found, key=lambda region: (region.name, region.engine))

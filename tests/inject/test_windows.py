@@ -102,6 +102,13 @@ def test_first_window_of_a_process(wide: int) -> None:
     assert 5 < nth < 99
 
 
+def whole_or_gone(wide: int) -> None:
+    """The window at the spot is as it was, or nothing is there."""
+    now = answer(abi.get_safely, SPOT, 6)
+    assert now in (mark(0), "EFAULT")
+    assert info(wide).attachments == (now == mark(0))
+
+
 def test_over_an_old_window(wide: int) -> None:
     """mmap with MAP_FIXED over a window: the new one, the old one, or a gap; never half of one."""
     abi.mmap(wide, SLOT, RW, FIXED, SPOT)
@@ -114,12 +121,7 @@ def test_over_an_old_window(wide: int) -> None:
         assert info(wide).attachments == 1
         abi.mmap(wide, SLOT, RW, FIXED, SPOT)
 
-    def same(code: int) -> None:
-        now = answer(abi.get_safely, SPOT, 6)
-        assert now in (mark(0), "EFAULT")
-        assert info(wide).attachments == (now == mark(0))
-
-    check(Caller, put_over, undo, same)
+    check(Caller, put_over, undo, lambda code: whole_or_gone(wide))
     abi.munmap(SPOT)
 
 
@@ -132,12 +134,12 @@ def test_other_memory_over_a_window(wide: int) -> None:
         assert info(wide).attachments == 0
         abi.mmap(wide, SLOT, RW, FIXED, SPOT)
 
-    def same(code: int) -> None:
-        now = answer(abi.get_safely, SPOT, 6)
-        assert now in (mark(0), "EFAULT")
-        assert info(wide).attachments == (now == mark(0))
-
-    check(Caller, lambda: abi.mmap(-1, SLOT, RW, OVER, SPOT), undo, same)
+    check(
+        Caller,
+        lambda: abi.mmap(-1, SLOT, RW, OVER, SPOT),
+        undo,
+        lambda code: whole_or_gone(wide),
+    )
     abi.munmap(SPOT)
 
 

@@ -270,6 +270,15 @@ class Child:
         self.signal()
 
 
+def code_of(call: Callable[..., object], *args: object) -> int:
+    """0, or the errno of the call."""
+    try:
+        call(*args)
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
 def within(folder: str, work: Callable[..., object], *args: object) -> Child:
     """A process in a cgroup."""
 

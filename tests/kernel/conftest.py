@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernel import abi
+from tests.conftest import skip
+from tests.kernel import abi, fuse
 
 if not os.path.exists(f"{abi.MOUNT}/mshare_info"):
     collect_ignore_glob = ["test_*.py"]
@@ -44,3 +45,10 @@ def disk(tmp_path: os.PathLike[str]) -> str:
     folder = f"/mnt/disk/{uuid.uuid4().hex}"
     os.mkdir(folder)
     return folder
+
+
+@pytest.fixture
+def needs_fuse() -> None:
+    """The stock kernels have it; a small one with detectors may not."""
+    if not fuse.available():
+        skip("this kernel has no FUSE")

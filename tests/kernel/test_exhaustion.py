@@ -20,7 +20,7 @@ import pytest
 import mshare
 from mshare import engines
 from mshare.engines.msharefs import info
-from tests.conftest import NOBODY
+from tests.conftest import NOBODY, skip
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, SLOT
 from tests.kernel.test_lifetime import module_users
@@ -28,15 +28,6 @@ from tests.kernel.test_lifetime import module_users
 MIB = 1 << 20
 FIXED = abi.SHARED | abi.FIXED
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def code_of(call: Callable[..., object], *args: object) -> int:
-    """0, or the errno of the call."""
-    try:
-        call(*args)
-    except OSError as error:
-        return error.errno or -1
-    return 0
 
 
 def standing(fd: int) -> tuple[object, ...]:
@@ -65,10 +56,10 @@ def test_file_size(path: str, call: Callable[[int, int], None]) -> None:
     def limited() -> tuple[int, int]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT)
         resource.setrlimit(resource.RLIMIT_FSIZE, (SLOT - 1, resource.RLIM_INFINITY))
-        refused = code_of(call, fd, SLOT)
+        refused = abi.code_of(call, fd, SLOT)
         resource.setrlimit(resource.RLIMIT_FSIZE, (SLOT, resource.RLIM_INFINITY))
         assert info(fd).region_size == os.fstat(fd).st_size == 0
-        return refused, code_of(call, fd, SLOT)
+        return refused, abi.code_of(call, fd, SLOT)
 
     assert abi.Child(limited).result() == (errno.EFBIG, 0)
 
@@ -79,9 +70,9 @@ def test_files_of_the_machine(path: str) -> None:
     def limited(unsized: int, sized: int) -> tuple[int, ...]:
         os.setuid(NOBODY)
         return (
-            code_of(os.open, f"{path}-new", os.O_RDWR | os.O_CREAT),
-            code_of(os.ftruncate, unsized, SLOT),
-            code_of(abi.create_mapping, sized),
+            abi.code_of(os.open, f"{path}-new", os.O_RDWR | os.O_CREAT),
+            abi.code_of(os.ftruncate, unsized, SLOT),
+            abi.code_of(abi.create_mapping, sized),
         )
 
     names = [path, f"{path}-sized"]
@@ -124,7 +115,7 @@ def test_mappings_of_a_region(region: int, most: int) -> None:
             # the first ones use up what there is
             which = 0 if number < most // 4 else number % 3
             change, done, left = changes[which]
-            code = code_of(change, at)
+            code = abi.code_of(change, at)
             shown = [content(window + at) for window in (rw, ro)]
             assert (code, shown) == (0, done) or (code == errno.ENOMEM and shown in left)
             refused[which] += code == errno.ENOMEM
@@ -213,7 +204,7 @@ def test_creation_in_a_full_group(path: str) -> None:
 def quota(disk: str) -> Iterator[str]:
     """A folder on ext4 where user nobody may have 4 MiB."""
     if not os.path.exists("/proc/sys/fs/quota"):
-        pytest.skip("this kernel is built without quotas")
+        skip("this kernel is built without quotas")
     image, folder = f"{disk}/image", tempfile.mkdtemp()
     for module in ("loop", "quota_v2"):
         subprocess.run(["modprobe", module], check=True)

@@ -25,7 +25,7 @@ def ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-@pytest.mark.skipif(not fuse.available(), reason="this kernel has no FUSE")
+@pytest.mark.usefixtures("needs_fuse")
 @pytest.mark.parametrize("window", [READ, RW])
 def test_one_that_holds_its_lock_stops_no_others(region: int, tmp_path: Path, window: int) -> None:
     """A process faults on a FUSE file that is never answered, with its mmap_lock held.

@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,15 +73,6 @@ def intact(address: int) -> bool:
     )
 
 
-def answer(call: Callable[..., object], *args: object) -> int:
-    """0, or the errno of the call."""
-    try:
-        call(*args)
-    except OSError as error:
-        return error.errno or -1
-    return 0
-
-
 @pytest.mark.parametrize("name", ADVICE)
 @pytest.mark.parametrize("length", [SIZE, SLOT], ids=["part", "whole"])
 def test_advice_loses_nothing(region: int, window: int, name: str, length: int) -> None:
@@ -93,7 +84,7 @@ def test_advice_loses_nothing(region: int, window: int, name: str, length: int) 
 
     def advise() -> tuple[int, bool]:
         mine = abi.mmap(region)
-        return answer(abi.madvise, mine, length, ADVICE[name]), intact(mine)
+        return abi.code_of(abi.madvise, mine, length, ADVICE[name]), intact(mine)
 
     code, good = abi.Child(advise).result()
     assert good
@@ -156,9 +147,12 @@ def test_other_refusals(window: int) -> None:
     nodes = abi.memory(abi.anonymous(PAGE))
     nodes[0] = 1
     mask = abi.address_of(nodes)
-    assert answer(abi.syscall, MBIND, window, PAGE, 2, mask, 8, 0) in (errno.EINVAL, errno.ENOSYS)
-    assert answer(abi.syscall, PKEY_MPROTECT, window, PAGE, READ, 0) == errno.EINVAL
-    code = answer(abi.syscall, REMAP_FILE_PAGES, window, PAGE, 0, 1, 0)
+    assert abi.code_of(abi.syscall, MBIND, window, PAGE, 2, mask, 8, 0) in (
+        errno.EINVAL,
+        errno.ENOSYS,
+    )
+    assert abi.code_of(abi.syscall, PKEY_MPROTECT, window, PAGE, READ, 0) == errno.EINVAL
+    code = abi.code_of(abi.syscall, REMAP_FILE_PAGES, window, PAGE, 0, 1, 0)
     assert code in (errno.EINVAL, errno.ENOMEM)
     assert intact(window)
 
@@ -167,7 +161,7 @@ def test_moved_between_nodes(window: int) -> None:
     """mbind and move_pages on the whole window: to a user, nothing happens."""
     nodes = abi.memory(abi.anonymous(PAGE))
     nodes[0] = 1
-    assert answer(abi.syscall, MBIND, window, SLOT, 2, abi.address_of(nodes), 8, 2) in (
+    assert abi.code_of(abi.syscall, MBIND, window, SLOT, 2, abi.address_of(nodes), 8, 2) in (
         0,
         errno.ENOSYS,
     )

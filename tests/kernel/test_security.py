@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mshare.engines.msharefs import info
-from tests.conftest import NOBODY
+from tests.conftest import NOBODY, skip
 from tests.kernel import abi, fuse
 from tests.kernel.abi import PAGE, READ, RW, SHARED, SLOT
 from tests.kernel.test_abi import refused
@@ -74,6 +74,13 @@ def enter_namespace() -> None:
 
 
 HAVE_NAMESPACES = os.path.exists("/proc/self/ns/user")
+
+
+@pytest.fixture
+def needs_namespaces() -> None:
+    """The stock kernels have them; a small one with detectors may not."""
+    if not HAVE_NAMESPACES:
+        skip("this kernel has no user namespaces")
 
 
 @pytest.fixture
@@ -369,7 +376,7 @@ def test_worker_has_the_rights_of_the_caller(path: str) -> None:
     assert all(line.endswith(f"user={NOBODY}") for line in lines)
 
 
-@pytest.mark.skipif(not fuse.available(), reason="this kernel has no FUSE")
+@pytest.mark.usefixtures("needs_fuse")
 def test_fuse_is_no_content(region: int, tmp_path: Path) -> None:
     """A user could be its server, and by not answering hold the lock of a host mm for ever."""
     with fuse.mounted(str(tmp_path), lambda number: CONTENT) as name:
@@ -380,7 +387,7 @@ def test_fuse_is_no_content(region: int, tmp_path: Path) -> None:
         os.close(file)
 
 
-@pytest.mark.skipif(not HAVE_NAMESPACES, reason="this kernel has no user namespaces")
+@pytest.mark.usefixtures("needs_namespaces")
 def test_overlay_of_a_user_is_no_content(path: str) -> None:
     """In a user namespace a FUSE file could be below it."""
 
