@@ -218,7 +218,7 @@ def test_over_the_limit_of_a_group(path: str) -> None:
         os.close(fd)
 
 
-def _machine() -> int:
+def machine() -> int:
     """A virtual machine of this process: its descriptor."""
     for module in ("kvm_amd", "kvm_intel"):
         subprocess.run(["modprobe", module], check=False, capture_output=True)
@@ -231,7 +231,7 @@ def test_virtual_machines_need_it(path: str) -> None:
     fd, other = lock(path), abi.make(f"{path}-other")
 
     def work() -> list[int | None]:
-        _machine()
+        machine()
         return [error_of(abi.mmap, fd), error_of(abi.mmap, other)]
 
     assert abi.Child(work).result() == [None, errno.EOPNOTSUPP]
@@ -253,7 +253,7 @@ def test_library(path: str) -> None:
         assert counters["locked_bytes"] == SIZE
 
         def work() -> str:
-            _machine()
+            machine()
             movable = mshare.create(f"{name}-2", size=SIZE, engine="msharefs")
             return repr(movable)
 

@@ -296,18 +296,34 @@ memory.close()
     assert (why or ": shared: ") in said
 
 
-def test_who_watches_page_tables_gets_plain_mappings() -> None:
-    """With a userfaultfd, as with KVM, no mapping of the program is a window any more."""
+WATCHERS = {
+    "userfaultfd": """
+fd = abi.syscall(323, 0)
+fcntl.ioctl(fd, 0xC018AA3F, struct.pack("=QQQ", 0xAA, 0, 0))
+watch = 0xC020AA00, "=QQQQ", [(at, 1 << 24, 1, 0) for at in (early, late())]
+""",
+    "KVM": """
+from tests.kernel.test_locked import machine
+fd = machine()
+watch = 0x4020AE46, "=IIQQQ", [(i, 0, i << 24, 1 << 24, at) for i, at in enumerate((early, late()))]
+""",
+}
+"""Make a watcher, and have it watch a mapping from before and one from after."""
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_who_watches_page_tables_gets_plain_mappings(watcher: str) -> None:
+    """With a userfaultfd or a virtual machine no mapping of the program is a window any more."""
     said = good(
-        python("""
+        python(f"""
 import fcntl, struct
 early = abi.mmap(-1, 1 << 24, 3, 0x21)
 abi.put(early, b"early")
-fd = abi.syscall(323, 0)
-fcntl.ioctl(fd, 0xC018AA3F, struct.pack("=QQQ", 0xAA, 0, 0))
-late = abi.mmap(-1, 1 << 24, 3, 0x21)
-for address in (early, late):
-    fcntl.ioctl(fd, 0xC020AA00, struct.pack("=QQQQ", address, 1 << 24, 1, 0))
+late = lambda: abi.mmap(-1, 1 << 24, 3, 0x21)
+{WATCHERS[watcher]}
+number, form, ranges = watch
+for each in ranges:
+    fcntl.ioctl(fd, number, struct.pack(form, *each))
 os.close(fd)
 assert abi.get(early, 5) == b"early"
 """)
