@@ -26,10 +26,11 @@ static bool may_unlock(const struct vm_fault *vmf)
 }
 
 /*
- * A layout change has drained this mm. Wait without the mmap_lock where the
- * caller allows it. Where it does not, the change cannot need this lock again,
- * but two regions changed at once can wait for each other through two such
- * callers: hence the time limit.
+ * A layout change goes on. Wait without the mmap_lock where the caller allows it.
+ * Where it does not, the change can still need this lock: for another window of the
+ * mm, when this one was born frozen, or, with two regions changed at once, through
+ * two such callers. In the first case it loses patience. The limit is for the
+ * second, and above MOST_PATIENCE.
  */
 static vm_fault_t wait_for_thaw(struct vm_fault *vmf)
 {

@@ -26,7 +26,7 @@
 #include "trace.h"
 
 #define PATIENCE	(HZ / 2)
-#define MOST_PATIENCE	(4UL * HZ)
+#define MOST_PATIENCE	(4UL * HZ)	/* less than wait_for_thaw() has */
 
 /* region->lock held. Those of this pass are at the end of the list. */
 static void mark(struct mshare_window *win)
@@ -220,11 +220,8 @@ struct map_args {
 
 static int map_at(struct map_args *args, unsigned long view, unsigned long prot)
 {
-	unsigned long flags = MAP_SHARED | MAP_FIXED | (args->req->flags & MAP_NORESERVE);
-	unsigned long addr = vm_mmap(args->file, view + args->req->region_offset, args->req->size,
-				     prot, flags, args->offset);
-
-	return IS_ERR_VALUE(addr) ? addr : 0;
+	return mshare_host_map(args->file, view + args->req->region_offset, args->req->size, prot,
+			       args->req->flags & MAP_NORESERVE, args->offset);
 }
 
 /*

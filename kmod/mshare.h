@@ -147,6 +147,8 @@ int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long 
 struct mm_struct *mshare_host_mm(void);
 int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
 		    int (*fn)(struct mshare_region *r, void *arg), void *arg);
+int mshare_host_map(struct file *file, unsigned long addr, unsigned long size, unsigned long prot,
+		    unsigned long flags, unsigned long offset);
 
 /* layout.c */
 int mshare_layout(struct mshare_region *r, unsigned int op,
@@ -204,6 +206,7 @@ vm_fault_t mshare_mkwrite(struct vm_fault *vmf);
 /* shmem.c */
 struct file *mshare_shmem_file(struct mshare_region *r, unsigned long size, unsigned long flags);
 bool mshare_shmem_owned(struct mshare_region *r, struct file *file);
+void mshare_shmem_adopt(struct mm_struct *mm, unsigned long addr, unsigned long size);
 vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
 			       struct mm_struct *guest, bool write);
 

@@ -19,6 +19,7 @@
 #include "mshare.h"
 
 #define PIN_PAGES 500	/* the struct fills a page */
+#define PIN_TRIES 10	/* for a page that is gone again before it is pinned */
 
 /* Part of one mapping. */
 struct mshare_pin {
@@ -109,7 +110,7 @@ static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned 
 {
 	unsigned long addr = MSHARE_RW + (first << PAGE_SHIFT);
 	struct mshare_pin *pin;
-	int got, err;
+	int got, err, tries = 0;
 
 	err = charge(r, addr, pages, p->mm);
 	if (err)
@@ -125,8 +126,15 @@ static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned 
 		/* reading is enough: shared memory has no page that a store would replace */
 		got = pin_user_pages_fast(addr + (pin->nr << PAGE_SHIFT), pages - pin->nr,
 					  FOLL_LONGTERM, pin->page + pin->nr);
-		if (got <= 0)
-			return got ?: -EFAULT;
+		if (got <= 0) {
+			if (got != -EFAULT || ++tries == PIN_TRIES)
+				return got ?: -EFAULT;
+			err = charge(r, addr + (pin->nr << PAGE_SHIFT), 1, p->mm);
+			if (err)
+				return err;
+			continue;
+		}
+		tries = 0;
 		pin->nr += got;
 		atomic64_add(got, &r->locked);
 		if (p->cred)

@@ -115,10 +115,7 @@ static int next_piece(struct mm_struct *mm, unsigned long addr, unsigned long en
 
 static int remap(const struct piece *p, unsigned long prot)
 {
-	unsigned long addr = vm_mmap(p->file, p->addr, p->len, prot, MAP_SHARED | MAP_FIXED,
-				     p->offset);
-
-	return IS_ERR_VALUE(addr) ? addr : 0;
+	return mshare_host_map(p->file, p->addr, p->len, prot, 0, p->offset);
 }
 
 /* Like mprotect, an error leaves what came before it changed. */

@@ -90,6 +90,18 @@ int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
 	return hw.err;
 }
 
+/* On the worker, which has the host's mm: a mapping in place of what is there. */
+int mshare_host_map(struct file *file, unsigned long addr, unsigned long size, unsigned long prot,
+		    unsigned long flags, unsigned long offset)
+{
+	unsigned long at = vm_mmap(file, addr, size, prot, MAP_SHARED | MAP_FIXED | flags, offset);
+
+	if (IS_ERR_VALUE(at))
+		return at;
+	mshare_shmem_adopt(current->mm, addr, size);
+	return 0;
+}
+
 /* Map one page that nobody touches: its slot's tables are the blank ones. */
 static int make_blank(struct mshare_region *r, struct mm_struct *mm, struct file *file)
 {

@@ -4,10 +4,11 @@
  *
  * tmpfs charges a new page to the owner of the mm whose mapping asks for it.
  * The host mm has none, so the root group would pay. A page that is not in
- * memory is therefore fetched in the name of the guest's mm, before the host's
- * fault looks for it and finds it.
+ * memory is therefore fetched in the name of the guest's mm, and the host's own
+ * fault takes what is there and never asks tmpfs for a page.
  *
- * Locks: the guest's and the host's mmap_lock are held for read; none taken.
+ * Locks: in faults the guest's and the host's mmap_lock are held for read, and
+ * the page's lock is taken.
  */
 #include <linux/magic.h>
 #include <linux/pagemap.h>
@@ -19,9 +20,65 @@ static bool is_shmem(struct file *file)
 	return file_inode(file)->i_sb->s_magic == TMPFS_MAGIC;
 }
 
+/* With a reference, and locked if it is asked for. NULL: tmpfs has to make it whole first. */
+static struct page *find(struct address_space *mapping, pgoff_t index, bool lock)
+{
+	struct page *page = lock ? find_lock_page(mapping, index) : find_get_page(mapping, index);
+
+	if (!page || PageUptodate(page))
+		return page;
+	if (lock)
+		unlock_page(page);
+	put_page(page);
+	return NULL;
+}
+
 /*
- * The mapping shown to tmpfs is a copy that differs in its mm. No retry: tmpfs
- * would give up the lock of that mm, and the host's is the one held.
+ * What was fetched may be gone again, by a hole or by reclaim. A guest comes back
+ * and has it fetched again; for a pin, which would not, that is for the caller.
+ */
+static vm_fault_t fault_present(struct vm_fault *vmf)
+{
+	struct address_space *mapping = vmf->vma->vm_file->f_mapping;
+	struct page *page = find(mapping, vmf->pgoff, true);
+
+	if (!page)
+		return vmf->flags & FAULT_FLAG_REMOTE ? VM_FAULT_NOPAGE : VM_FAULT_SIGBUS;
+	/* the page's lock keeps truncation, which has set the size before, from having passed */
+	if (vmf->pgoff >= DIV_ROUND_UP(i_size_read(mapping->host), PAGE_SIZE)) {
+		unlock_page(page);
+		put_page(page);
+		return VM_FAULT_SIGBUS;
+	}
+	vmf->page = page;
+	return VM_FAULT_LOCKED;
+}
+
+static const struct vm_operations_struct host_ops = {
+	.fault = fault_present,
+	.map_pages = filemap_map_pages,
+};
+
+/* Mappings of the host mm that were just made. Those of tmpfs remember its operations. */
+void mshare_shmem_adopt(struct mm_struct *mm, unsigned long addr, unsigned long size)
+{
+	unsigned long end = addr + size;
+	struct vm_area_struct *vma;
+
+	mmap_write_lock(mm);
+	for (; (vma = find_vma_intersection(mm, addr, end)); addr = vma->vm_end) {
+		if (!is_shmem(vma->vm_file) || vma->vm_ops == &host_ops)
+			continue;
+		vma->vm_private_data = (void *)vma->vm_ops;
+		vma->vm_ops = &host_ops;
+	}
+	mmap_write_unlock(mm);
+}
+
+/*
+ * The mapping shown to tmpfs is a copy that differs in its mm, and has operations
+ * of tmpfs. No retry: tmpfs would give up the lock of that mm, and the host's is
+ * the one held.
  */
 static vm_fault_t fetch(struct vm_area_struct *host, unsigned long addr, struct mm_struct *guest,
 			bool write)
@@ -38,7 +95,8 @@ static vm_fault_t fetch(struct vm_area_struct *host, unsigned long addr, struct 
 	vm_fault_t ret;
 
 	vma.vm_mm = guest;
-	ret = host->vm_ops->fault(&vmf);
+	vma.vm_ops = host->vm_private_data;
+	ret = vma.vm_ops->fault(&vmf);
 	if (ret & VM_FAULT_ERROR)
 		return ret & VM_FAULT_ERROR;
 	if (ret & VM_FAULT_LOCKED) {
@@ -52,12 +110,15 @@ static vm_fault_t fetch(struct vm_area_struct *host, unsigned long addr, struct 
 vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
 			       struct mm_struct *guest, bool write)
 {
-	void *entry;
+	struct page *page;
 
 	if (!is_shmem(host->vm_file))
 		return 0;
-	entry = xa_load(&host->vm_file->f_mapping->i_pages, linear_page_index(host, addr));
-	return entry && !xa_is_value(entry) ? 0 : fetch(host, addr, guest, write);
+	page = find(host->vm_file->f_mapping, linear_page_index(host, addr), false);
+	if (!page)
+		return fetch(host, addr, guest, write);
+	put_page(page);
+	return 0;
 }
 
 /* A file of the region's own: nobody else can open it, so private_data is ours to mark it. */

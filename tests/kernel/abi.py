@@ -201,6 +201,15 @@ def touch(address: int, size: int, step: int = 0, count: int = 1) -> int:
     return after[_MINFLT] - before[_MINFLT]
 
 
+def frames(address: int, size: int) -> list[int]:
+    """The page frames behind a range that was touched, from /proc/self/pagemap."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(address // PAGE * 8)
+        words = struct.unpack(f"{size // PAGE}Q", file.read(size // PAGE * 8))
+    assert all(word >> 63 for word in words)
+    return [word & (1 << 55) - 1 for word in words]
+
+
 def page_tables(pid: int | str = "self") -> int:
     """VmPTE in bytes."""
     with open(f"/proc/{pid}/status") as file:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import resource
-import struct
 import subprocess
 from collections.abc import Callable
 
@@ -29,15 +28,6 @@ def lock(path: str, size: int = SIZE) -> int:
     fd = abi.make(path, fill=False)
     abi.create_mapping(fd, size=size, flags=FLAGS)
     return fd
-
-
-def frames(address: int, size: int) -> list[int]:
-    """The page frames behind a range that was touched, from /proc/self/pagemap."""
-    with open("/proc/self/pagemap", "rb") as file:
-        file.seek(address // PAGE * 8)
-        words = struct.unpack(f"{size // PAGE}Q", file.read(size // PAGE * 8))
-    assert all(word >> 63 for word in words)
-    return [word & (1 << 55) - 1 for word in words]
 
 
 def error_of(work: Callable[..., object], *args: object, **options: object) -> int | None:
@@ -65,14 +55,14 @@ def test_pages_stay_where_they_are(path: str) -> None:
     windows = [abi.mmap(fd), abi.mmap(other)]
     for window in windows:
         abi.fill(window, SIZE)
-    before = [frames(window, SIZE) for window in windows]
+    before = [abi.frames(window, SIZE) for window in windows]
     # the root group gives up what it can: the other region goes to swap and comes back elsewhere
     error_of(_write, "/sys/fs/cgroup/memory.reclaim", 1 << 30)
     for _ in range(3):
         _write("/proc/sys/vm/compact_memory", 1)
     for window in windows:
         abi.touch(window, 1, step=PAGE, count=SIZE // PAGE)
-    after = [frames(window, SIZE) for window in windows]
+    after = [abi.frames(window, SIZE) for window in windows]
     assert after[0] == before[0]
     assert after[1] != before[1], "nothing was reclaimed: the test would not see a page that moves"
     for window in windows:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.kernel.test_races import meanwhile
 MIB = 1 << 20
 SIZE = 64 * MIB
 PROCESS_VM_WRITEV = 311
+FALLOCATE, PUNCH = 285, 3
 
 
 def fill_new(region: int, start: int, size: int) -> None:
@@ -110,6 +112,48 @@ def test_remote_touch_charges_the_owner(region: int) -> None:
         grown = abi.current(owner) - before
         child.kill()
     assert grown >= size * 3 // 4
+
+
+def test_what_goes_while_it_is_touched_is_paid_too(path: str) -> None:
+    """Holes made in the middle of faults do not let a page be charged to nobody."""
+    pages = 400
+    file = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
+    os.ftruncate(file, pages * PAGE)
+    fd = abi.make(path, fill=False)
+    abi.create_mapping(fd, size=pages * PAGE, flags=abi.SHARED | abi.FIXED, fd=file)
+    note = abi.memory(abi.mmap(-1, PAGE, abi.RW, abi.SHARED | abi.ANONYMOUS)).cast("Q")
+
+    def store() -> None:
+        content = abi.memory(abi.mmap(fd), pages * PAGE)
+        while True:
+            content[note[0] * PAGE] = 1
+            note[1] += 1
+
+    def turns(number: int) -> None:
+        end = note[1] + number
+        while note[1] < end:
+            pass
+
+    with abi.cgroup("stores") as group:
+        child = abi.within(group, store)
+        for page in range(pages):
+            note[0] = page
+            turns(2)
+            for _ in range(20):
+                abi.syscall(FALLOCATE, file, PUNCH, page * PAGE, PAGE)
+            turns(2)
+        address = abi.mmap(file, pages * PAGE, abi.READ)
+        abi.touch(address, pages * PAGE)
+        with open("/proc/kpagecgroup", "rb") as table:
+            payers = Counter(
+                int.from_bytes(os.pread(table.fileno(), 8, frame * 8), "little")
+                for frame in abi.frames(address, pages * PAGE)
+            )
+        child.kill()
+        assert payers == {os.stat(group).st_ino: pages}
+    abi.munmap(address, pages * PAGE)
+    os.close(fd)
+    os.close(file)
 
 
 def test_over_its_limit_a_group_kills_its_own(region: int, window: int) -> None:
