@@ -44,6 +44,12 @@ class Result(NamedTuple):
 
 SHARE, RIGHTS, LIFE, SEED = "share.pml", "rights.pml", "life.pml", "seed.pml"
 
+HELD = "ONE_CPU WITH_LAYOUT WITH_PATIENCE WITH_HOLDER"
+"""A guest's lock is held until a fault of another has ended."""
+
+BORN_FROZEN = "ACCESSES=0 ONE_CPU ONE_GUEST WITH_LAYOUT WITH_PATIENCE WITH_ATTACH WITH_REMOTE"
+"""A fault by a new window, which may keep the lock that the freeze still has to ask for."""
+
 HOLDS = [
     Scenario(SHARE, "WITH_LAYOUT", slow=True),
     Scenario(SHARE, "WITH_RECLAIM"),
@@ -58,9 +64,17 @@ HOLDS = [
     Scenario(SHARE, "ONE_CPU ONE_GUEST WITH_LAYOUT WITH_REMOTE", slow=True),
     Scenario(SHARE, "ONE_CPU ONE_GUEST WITH_LAYOUT WITH_MREMAP"),
     Scenario(SHARE, "ONE_CPU WITH_ADVICE WITH_WALKER WITH_UNMAP"),
+    Scenario(SHARE, "WITH_LAYOUT WITH_PATIENCE", slow=True),
+    Scenario(SHARE, "ONE_CPU WITH_LAYOUT WITH_PATIENCE"),
+    Scenario(SHARE, "ONE_CPU WITH_LAYOUT WITH_PATIENCE WITH_ATTACH", slow=True),
+    Scenario(SHARE, "ONE_CPU WITH_LAYOUT WITH_PATIENCE WITH_UNMAP WITH_KILL", slow=True),
+    Scenario(SHARE, "ONE_CPU WITH_LAYOUT WITH_PATIENCE WITH_WALKER", slow=True),
+    Scenario(SHARE, "ONE_CPU ONE_GUEST WITH_LAYOUT WITH_PATIENCE WITH_REMOTE", slow=True),
     Scenario(SHARE, "ONE_CPU WITH_LAYOUT", ends=True),
     Scenario(SHARE, "ONE_CPU WITH_ADVICE WITH_RECLAIM", ends=True),
     Scenario(SHARE, "ONE_CPU WITH_EXIT WITH_REAPER", ends=True),
+    Scenario(SHARE, HELD, slow=True, ends=True),
+    Scenario(SHARE, BORN_FROZEN, slow=True, ends=True),
     Scenario(RIGHTS),
     Scenario(LIFE),
 ]
@@ -88,6 +102,19 @@ INVARIANTS = {
             slow=True,
         ),
         Scenario(SHARE, "ONE_CPU WITH_ADVICE WITH_WALKER", "BREAK_BLANK", "an entry back to none"),
+        Scenario(
+            SHARE,
+            "ONE_CPU WITH_LAYOUT WITH_PATIENCE WITH_ATTACH",
+            "BREAK_ANEW",
+            "a freeze goes on after lost patience",
+            slow=True,
+        ),
+        Scenario(
+            SHARE,
+            "ONE_CPU WITH_LAYOUT WITH_PATIENCE",
+            "BREAK_CANCEL",
+            "patience is lost during the change",
+        ),
     ],
     4: [
         Scenario(SHARE, "ONE_CPU WITH_LAYOUT", "BREAK_LOCK_ORDER", "the host's lock taken first"),
@@ -117,6 +144,19 @@ INVARIANTS = {
 }
 """Of each invariant in docs/how-it-works.md, what breaks when it is not kept."""
 
+LIMITS = [
+    Scenario(SHARE, HELD, "BREAK_PATIENCE", "a fault waits for the lock of another", ends=True),
+    Scenario(
+        SHARE,
+        BORN_FROZEN,
+        "BREAK_PATIENCE",
+        "a fault and the freeze wait for each other",
+        slow=True,
+        ends=True,
+    ),
+]
+"""Of the limits in docs/how-it-works.md: who a change holds up."""
+
 SEED_RACES = [
     Scenario(SEED, "", "S1", "unlocks the lock of current->mm, which is not held"),
     Scenario(SEED, "", "S2", "reads a table that the host has freed"),
@@ -127,6 +167,7 @@ SEED_RACES = [
 SCENARIOS = [
     *HOLDS,
     *(one for each in INVARIANTS.values() for one in each),
+    *LIMITS,
     *SEED_RACES,
 ]
 
