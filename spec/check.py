@@ -42,7 +42,8 @@ class Result(NamedTuple):
     steps: str
 
 
-SHARE, RIGHTS, LIFE, SEED = "share.pml", "rights.pml", "life.pml", "seed.pml"
+SHARE, RIGHTS, LIFE = "share.pml", "rights.pml", "life.pml"
+LOCKED, SEED = "locked.pml", "seed.pml"
 
 HELD = "ONE_CPU WITH_LAYOUT WITH_PATIENCE WITH_HOLDER"
 """A guest's lock is held until a fault of another has ended."""
@@ -77,6 +78,7 @@ HOLDS = [
     Scenario(SHARE, BORN_FROZEN, slow=True, ends=True),
     Scenario(RIGHTS),
     Scenario(LIFE),
+    Scenario(LOCKED),
 ]
 
 INVARIANTS = {
@@ -154,8 +156,15 @@ LIMITS = [
         slow=True,
         ends=True,
     ),
+    Scenario(LOCKED, "", "BREAK_PIN", "reclaim takes a page"),
+    Scenario(LOCKED, "", "BREAK_KEEPS", "UNMAP does not ask for windows"),
+    Scenario(LOCKED, "", "BREAK_ASKED", "it asks before the freeze"),
+    Scenario(LOCKED, "", "BREAK_BORN", "a new window not frozen"),
+    Scenario(LOCKED, "", "BREAK_ATTACH", "a virtual machine and a movable region"),
+    Scenario(LOCKED, "", "BREAK_KIND", "a movable mapping in a locked region"),
+    Scenario(LOCKED, "", "BREAK_LAYOUT", "the kind asked before the lock"),
 ]
-"""Of the limits in docs/how-it-works.md: who a change holds up."""
+"""Of the limits in docs/how-it-works.md: who a change holds up, and a second MMU."""
 
 SEED_RACES = [
     Scenario(SEED, "", "S1", "unlocks the lock of current->mm, which is not held"),
