@@ -125,6 +125,7 @@ INVARIANTS = {
             "ONE_CPU ONE_GUEST WITH_LAYOUT WITH_REMOTE",
             "BREAK_PASS",
             "a lock asked for twice",
+            slow=True,
         ),
     ],
     5: [
@@ -162,7 +163,7 @@ LIMITS = [
     Scenario(LOCKED, "", "BREAK_BORN", "a new window not frozen"),
     Scenario(LOCKED, "", "BREAK_ATTACH", "a virtual machine and a movable region"),
     Scenario(LOCKED, "", "BREAK_KIND", "a movable mapping in a locked region"),
-    Scenario(LOCKED, "", "BREAK_LAYOUT", "the kind asked before the lock"),
+    Scenario(LOCKED, "", "BREAK_LAYOUT", "the kind asked before the lock", slow=True),
 ]
 """Of the limits in docs/how-it-works.md: who a change holds up, and a second MMU."""
 
