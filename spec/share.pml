@@ -49,14 +49,15 @@ bool mapped[WINDOWS];			/* the VMA is in the guest's tree */
 bool owned[WINDOWS];			/* the addresses are the window's */
 bool of_region[WINDOWS], of_guest[WINDOWS], vma[WINDOWS];
 bool frozen[WINDOWS], closing[WINDOWS];
-byte pass[WINDOWS], invalidating[WINDOWS];
+bool pass[WINDOWS];			/* win->pass == region->pass: this pass has seen it */
+byte invalidating[WINDOWS];
 bool dead[2], exiting[2];
 byte users[2];				/* who holds the mm: exit waits for them */
 
 byte host_pud[SLOTS], made[SLOTS];
 bool host_vma[SLOTS], present[SLOTS], page_gone[SLOTS], freed[TABLE(SLOTS, 0)];
 bool region_frozen, killed;
-byte region_pass, nr_windows;
+byte nr_windows, patience = NONE;	/* the window for which the timer runs */
 
 byte tlb[CPUS * WINDOWS * SLOTS];
 bool walking[CPUS];
@@ -228,7 +229,7 @@ inline mshare_graft_all(w) {
 
 inline wait_for_thaw(w, form) {
 	if
-	:: form == ANY -> !is_frozen(w); ret = NOPAGE	/* its time limit: must not be needed */
+	:: form == ANY -> !is_frozen(w); ret = NOPAGE	/* its time limit is left out */
 	:: form == NOWAIT -> ret = HELD
 	:: form == KILLABLE -> read_unlock(GUEST(w)); !region_frozen; ret = RETRY
 	fi
@@ -442,7 +443,7 @@ inline window_new(w, moving) {
 #ifndef BREAK_BORN
 		frozen[w] = region_frozen;
 #endif
-		pass[w] = region_pass;
+		pass[w] = true;
 		of_region[w] = true
 	};
 	d_step { of_guest[w] = true; vma[w] = true }
@@ -555,11 +556,13 @@ proctype leave(byte g) {
 }
 
 /* layout.c */
+inline next_pass() { pass[0] = false; pass[1] = false }		/* region->pass++ */
+
 inline next_window() {
 	atomic {
 		if
-		:: of_region[0] && pass[0] != region_pass -> w = 0; pass[w] = region_pass
-		:: of_region[1] && pass[1] != region_pass -> w = 1; pass[w] = region_pass
+		:: of_region[0] && !pass[0] -> w = 0; pass[w] = true
+		:: of_region[1] && !pass[1] -> w = 1; pass[w] = true
 		:: else -> w = NONE
 		fi
 	}
@@ -576,7 +579,7 @@ inline drain_window(v, g) {
 			frozen[v] = true;
 			mshare_ungraft(v, false);
 #ifndef BREAK_PASS
-			pass[v] = region_pass
+			pass[v] = true
 #endif
 		}
 	:: else
@@ -591,13 +594,29 @@ inline drain(g) {
 #endif
 }
 
+inline release() {
+	region_frozen = false;
+	next_pass();
+	if :: of_region[0] -> frozen[0] = false :: else fi;
+	if :: of_region[1] -> frozen[1] = false :: else fi
+}
+
+/*
+ * The timer of freeze(). It may run out as soon as it is set. With FAIR, only when the lock
+ * is not to be had: a change ends if the patience is in the end long enough.
+ */
+proctype mshare_lose_patience() {
+end:	do
+#ifdef FAIR
+	:: d_step { patience != NONE && waiting[GUEST(patience)] -> patience = NONE; release() }
+#else
+	:: d_step { patience != NONE -> patience = NONE; release() }
+#endif
+	od
+}
+
 inline thaw() {
-	d_step {
-		region_frozen = false;
-		region_pass++;
-		if :: of_region[0] -> frozen[0] = false :: else fi;
-		if :: of_region[1] -> frozen[1] = false :: else fi
-	};
+	d_step { release() };
 	do
 	:: killed -> break
 	:: !killed ->
@@ -612,28 +631,49 @@ inline thaw() {
 	od
 }
 
+inline begin() { d_step { region_frozen = true; next_pass() } }
+
 inline freeze() {
-	d_step { region_frozen = true; region_pass++ };
+	begin();
 	do
 	:: next_window();
 		if
 		:: w == NONE -> break
 		:: else ->
+#ifdef WITH_PATIENCE
+			patience = w;		/* schedule_delayed_work() */
+#endif
 			if
 #ifdef BREAK_DRAIN
 			:: vma[w] -> drain(GUEST(w))
 			:: else
 #else
 			:: write_lock(GUEST(w));
+#ifdef WITH_PATIENCE
+#ifndef BREAK_CANCEL
+				patience = NONE;	/* cancel_delayed_work_sync() */
+#endif
+#ifndef BREAK_ANEW
+				if :: !region_frozen -> begin() :: else fi;
+#endif
+#endif
 				if :: vma[w] -> drain(GUEST(w)) :: else fi;
 				write_unlock(GUEST(w))
 #endif
 #ifdef WITH_KILL
-			:: readers[GUEST(w)] || writer[GUEST(w)] -> killed = true; break
+			:: readers[GUEST(w)] || writer[GUEST(w)] -> killed = true; patience = NONE; break
 #endif
 			fi
 		fi
 	od
+}
+
+/* A thread that keeps the mmap_lock of its process until an access of the other has ended. */
+proctype holder(byte g) {
+	read_lock(g);
+	!users[1 - g];
+	read_unlock(g);
+	running--
 }
 
 /* UNMAP or CREATE_MAPPING of the first slot. */
@@ -704,6 +744,11 @@ init {
 			mapped[i] = true; owned[i] = true; vma[i] = true;
 			of_region[i] = true; of_guest[i] = true; nr_windows++
 		};
+#ifdef WITH_PATIENCE
+#ifndef BREAK_PATIENCE
+		run mshare_lose_patience();
+#endif
+#endif
 		start(cpu(0));
 #ifndef ONE_CPU
 		start(cpu(1));
@@ -729,8 +774,15 @@ init {
 #ifdef WITH_WALKER
 		start(walker(0));
 #endif
+#ifdef WITH_HOLDER
+		start(holder(1));
+#endif
 #ifdef WITH_REMOTE
+#ifdef WITH_ATTACH
+		start(remote(1));		/* by a window that may be born frozen */
+#else
 		start(remote(0));
+#endif
 #endif
 #ifdef WITH_LAYOUT
 		start(mshare_layout());

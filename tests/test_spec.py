@@ -24,6 +24,8 @@ def test_models() -> None:
     invariants = set(re.findall(r"^\| (\d) \|", table.split("###")[0], re.M))
     assert len(invariants) == 9
     assert set(re.findall(r"  (\d) found: ", done.stdout)) == invariants
+    limits = set(re.findall(r"(BREAK_\w+) .*  found: ", done.stdout))
+    assert {"BREAK_PATIENCE", "BREAK_PIN", "BREAK_KEEPS", "BREAK_ASKED", "BREAK_KIND"} <= limits
     races = set(re.findall(r"^seed.pml +(S\d) .* found: ", done.stdout, re.M))
     assert races == {"S1", "S2", "S3", "S4"}
     assert len(re.findall(r"  holds$", done.stdout, re.M)) >= 6
