@@ -135,7 +135,10 @@ INVARIANTS = {
         Scenario(RIGHTS, "", "BREAK_PROTECT_FLUSH", "no flush in PROTECT"),
     ],
     6: [Scenario(RIGHTS, "", "BREAK_SHARED", "a private mapping in the host")],
-    7: [Scenario(RIGHTS, "", "BREAK_CHARGE", "the host, which has no owner, asks first")],
+    7: [
+        Scenario(RIGHTS, "", "BREAK_CHARGE", "the host, which has no owner, asks first"),
+        Scenario(RIGHTS, "", "BREAK_PRESENT", "it asks for what is gone again"),
+    ],
     8: [
         Scenario(LIFE, "", "BREAK_WINDOW", "a window does not hold the region"),
         Scenario(LIFE, "", "BREAK_CREATOR", "the region goes with its creator"),

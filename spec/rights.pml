@@ -1,7 +1,8 @@
 /*
  * Who may write, what is reached, and who pays: invariants 5, 6 and 7. A page of content
  * that two views of the host map; a guest that has its window for reading, and one for
- * writing; PROTECT, which takes the right to write away from all; reclaim.
+ * writing; PROTECT, which takes the right to write away from all; reclaim, and a hole that
+ * somebody makes in the file.
  */
 #define READER	0
 #define WRITER	1
@@ -52,20 +53,28 @@ inline forward(g, write) {
 	:: write && !vm_write[view(g)] -> signal = true
 #endif
 	:: else ->
-#ifndef BREAK_CHARGE
 		if
+#ifdef BREAK_CHARGE
+		:: page != IN_MEMORY -> shmem_fault(ROOT)
+#else
 		:: page != IN_MEMORY -> shmem_fault(g)
+#endif
 		:: else
 		fi;
-#endif
-		/* handle_mm_fault() in the host mm, which has no owner */
+		/* handle_mm_fault() in the host mm, which has no owner: fault_present() */
+#ifdef BREAK_PRESENT
 		shmem_fault(ROOT);
+#endif
 		atomic {
 			assert(payer != ROOT);
+			if
+			:: page == IN_MEMORY ->
 #ifdef BREAK_SHARED
-			copied[view(g)] = copied[view(g)] || write;
+				copied[view(g)] = copied[view(g)] || write;
 #endif
-			entry[view(g)] = (write -> WRITE : (entry[view(g)] -> entry[view(g)] : READ))
+				entry[view(g)] = (write -> WRITE : (entry[view(g)] -> entry[view(g)] : READ))
+			:: else			/* gone again: the access comes back */
+			fi
 		}
 	fi
 }
@@ -129,6 +138,13 @@ proctype reclaim() {
 	}
 }
 
+proctype punch() {
+	atomic {
+		entry[0] = 0; entry[1] = 0; tlb[READER] = 0; tlb[WRITER] = 0;
+		page = NOWHERE; payer = NOBODY
+	}
+}
+
 init {
 	atomic {
 		vm_write[MSHARE_RW] = true;
@@ -136,6 +152,7 @@ init {
 		run guest(WRITER);
 		run guest(WRITER);
 		run mshare_layout_protect();
-		run reclaim()
+		run reclaim();
+		run punch()
 	}
 }
