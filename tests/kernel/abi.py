@@ -126,6 +126,11 @@ def create_mapping(
     fcntl.ioctl(region, CREATE_MAPPING, args)
 
 
+def punch(file: int, at: int, size: int) -> None:
+    """Make a hole in a file: fallocate(2) with PUNCH_HOLE and KEEP_SIZE."""
+    syscall(285, file, 3, at, size)
+
+
 def unmap(region: int, at: int, size: int) -> None:
     """MSHAREFS_UNMAP."""
     fcntl.ioctl(region, UNMAP, struct.pack("=QQ", at, size))

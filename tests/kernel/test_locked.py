@@ -143,6 +143,28 @@ def test_file(path: str, disk: str) -> None:
     os.close(fd)
 
 
+def test_holes_while_it_is_being_locked(path: str) -> None:
+    """A file that loses its pages meanwhile is locked as a whole, or refused and left out."""
+    content = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
+    os.ftruncate(content, SIZE)
+    fd = abi.make(path, fill=False)
+
+    def punch() -> None:
+        while True:
+            abi.punch(content, 0, SIZE)
+
+    child = abi.Child(punch)
+    file_flags = abi.SHARED | abi.FIXED | LOCKED
+    for _ in range(20):
+        error = error_of(abi.create_mapping, fd, size=SIZE, flags=file_flags, fd=content)
+        found = msharefs.info(fd)
+        assert found.mapped_bytes == found.locked_bytes == (0 if error else SIZE)
+        assert error in (None, errno.ENXIO)
+    child.kill()
+    os.close(content)
+    os.close(fd)
+
+
 def _as_nobody(limit: int, path: str, repeat: int) -> list[int | None]:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
     os.setuid(NOBODY)

@@ -22,7 +22,6 @@ from tests.kernel.test_races import meanwhile
 MIB = 1 << 20
 SIZE = 64 * MIB
 PROCESS_VM_WRITEV = 311
-FALLOCATE, PUNCH = 285, 3
 
 
 def fill_new(region: int, start: int, size: int) -> None:
@@ -140,7 +139,7 @@ def test_what_goes_while_it_is_touched_is_paid_too(path: str) -> None:
             note[0] = page
             turns(2)
             for _ in range(20):
-                abi.syscall(FALLOCATE, file, PUNCH, page * PAGE, PAGE)
+                abi.punch(file, page * PAGE, PAGE)
             turns(2)
         address = abi.mmap(file, pages * PAGE, abi.READ)
         abi.touch(address, pages * PAGE)
