@@ -22,6 +22,7 @@ from tests.oracle.memory import (
     EXEC,
     FILE_SIZE,
     FIXED,
+    LOCKED,
     MAX_SIZE,
     NOREPLACE,
     NORESERVE,
@@ -33,6 +34,7 @@ from tests.oracle.memory import (
     SLOT,
     TMPFILE,
     WRITE,
+    Mapping,
     Region,
     Window,
 )
@@ -41,8 +43,14 @@ from tests.oracle.setting import NOBODY, Setting
 from tests.oracle.worker import NOMINAL, Call, Outcome, outcome
 
 T = TypeVar("T")
-ARENA, WISHES = 16 << 40, 24 << 40
-"""Where windows with a chosen address go, in every process."""
+ELSEWHERE, ARENA, WISHES = 8 << 40, 16 << 40, 24 << 40
+"""Where other mappings and windows with a chosen address go, in every process."""
+MOST_SLOTS = 4
+"""Of a window, so that there is room for it."""
+MOST_LOCKED = 1024
+"""Pages that are locked at once, so that memory is not short."""
+MAY_LOCK = 2048
+"""Pages that a user may lock, at first."""
 PROCESSES = 3
 BATCH = 100
 """Calls the engine makes at a time."""
@@ -69,10 +77,13 @@ any_source = st.sampled_from(
     ["memfd", "memfd-ro", "memfd-wo", "disk", "disk-wo", "sealed", "pipe", "device", "folder",
      "huge", "info", "closed"]
 )  # fmt: skip
+other_memory = st.sampled_from(["anonymous", "segment"])
 odd = st.sampled_from([0, 1, 100, PAGE, SLOT, SLOT - PAGE, 4 * SLOT, 1 << 62, (1 << 64) - PAGE])
 size_of_region = st.sampled_from(
-    [SLOT, 2 * SLOT, 2 * SLOT, 4 * SLOT, 0, PAGE, SLOT + PAGE, -SLOT, MAX_SIZE + SLOT, 1 << 62]
-)
+    [SLOT, 2 * SLOT, 2 * SLOT, 4 * SLOT, 0, PAGE, SLOT + PAGE, -SLOT, MAX_SIZE, MAX_SIZE + SLOT,
+     1 << 62]
+)  # fmt: skip
+access_to_file = st.sampled_from([os.O_RDONLY, os.O_RDONLY, os.O_RDWR, os.O_RDWR, os.O_WRONLY])
 opening = st.sampled_from(
     [os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_EXCL,
      os.O_RDONLY | os.O_CREAT, os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_RDONLY, os.O_WRONLY,
@@ -171,7 +182,12 @@ class Machine(Comparing):
         super().__init__()
         self.model = self.setting.model(self.wrong)
         for number in range(PROCESSES):
-            self.both(None, "spawn", number, NOBODY if number == 2 else 0)
+            self.spawn(number, NOBODY if number == 2 else 0)
+
+    def spawn(self, number: int, user: int) -> None:
+        """A process, with a limit that is known."""
+        self.both(None, "spawn", number, user)
+        self.both(number, "limit_locked", MAY_LOCK * PAGE)
 
     def teardown(self) -> None:
         """Without processes and names nothing is left of any region."""
@@ -179,7 +195,9 @@ class Machine(Comparing):
         self.later(None, "statfs", (), ("value", 0))
         super().teardown()
 
-    def access(self, number: int, window: Window, how: str, call: str, *args: Any) -> Outcome:
+    def access(
+        self, number: int, window: Window | Mapping, how: str, call: str, *args: Any
+    ) -> Outcome:
         """Load or store: the same bytes or the same signal; and no fault where none can be."""
         process = self.model.processes[number]
         direct = how == "direct"
@@ -194,7 +212,7 @@ class Machine(Comparing):
             wanted = "value", (found, 0)
             if may_fault:
                 see = without_faults
-            else:
+            elif isinstance(window, Window):
                 watch = self.watch(process, window)
         self.later(number, "access", (direct, watch, *args), wanted, see)
         return expected
@@ -228,7 +246,18 @@ class Machine(Comparing):
                 return each, found
         return number, None
 
-    def address(self, window: Window, number: int) -> int:
+    def control(self, number: int, which: int) -> int:
+        """A descriptor of ``mshare_info``, and now and then another or none."""
+        descriptors = self.model.processes[number].descriptors
+        if which >= 14:
+            return self.handle(number, which)
+        for handle, file in descriptors.items():
+            if not file.region:
+                return handle
+        self.both(number, "open", handle := self.new(), "mshare_info", os.O_RDONLY, 0)
+        return handle
+
+    def address(self, window: Window | Mapping, number: int) -> int:
         """The address of a page of a window."""
         return window.address + (number * PAGE) % window.size
 
@@ -274,9 +303,12 @@ class Machine(Comparing):
         self.attach(1, handle, slots * SLOT, prot, SHARED, 0, 0)
 
     @rule(
-        p=process, slots=st.integers(1, 2), mode=mode, at=page, size=length, link=small, now=seldom
+        p=process, slots=st.integers(1, 2), mode=mode, at=page, size=length, link=small,
+        locked=st.booleans(), now=seldom,
     )  # fmt: skip
-    def make(self, p: int, slots: int, mode: int, at: int, size: int, link: int, now: bool) -> None:
+    def make(
+        self, p: int, slots: int, mode: int, at: int, size: int, link: int, locked: bool, now: bool
+    ) -> None:
         """A region with content, made without a name, and perhaps given one."""
         if not now:
             return
@@ -285,10 +317,13 @@ class Machine(Comparing):
         self.both(p, "fallocate", handle, 0, 0, slots * SLOT)
         start = self.place(p, handle, at)
         flags = SHARED | FIXED | ANONYMOUS
+        if locked:
+            size, flags = min(size, MOST_LOCKED), flags | LOCKED
         self.both(p, "create_mapping", handle, start, size * PAGE, 0, RW, flags, "closed")
         if link < 3 and p != 2:
             self.both(p, "link", handle, "abc"[link])
-        self.attach(p, handle, slots * SLOT, RW, SHARED, 0, 0)
+        if link % 2:
+            self.attach(p, handle, slots * SLOT, RW, SHARED, 0, 0)
 
     @rule(p=process, which=small, prot=st.sampled_from([RW, RW, READ]))
     def attach_whole(self, p: int, which: int, prot: int) -> None:
@@ -296,7 +331,8 @@ class Machine(Comparing):
         p, handle = self.descriptor(p, which)
         file = self.model.processes[p].descriptors.get(handle)
         if file and file.region and file.region.size and not file.path_only:
-            self.attach(p, handle, file.region.size, prot, SHARED, 0, 0)
+            size = min(file.region.size, MOST_SLOTS * SLOT)
+            self.attach(p, handle, size, prot, SHARED, 0, 0)
 
     @rule(p=process, name=name, flags=opening, mode=mode)
     def open(self, p: int, name: str, flags: int, mode: int) -> None:
@@ -309,6 +345,20 @@ class Machine(Comparing):
     def open_without_name(self, p: int, mode: int) -> None:
         """O_TMPFILE."""
         self.both(p, "open", self.new(), TMPFILE, os.O_RDWR, mode)
+
+    @rule(p=process, flags=st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_PATH]))
+    def open_control(self, p: int, flags: int) -> None:
+        """The file that OPEN_FILE and OPEN_MAPPING are made on, and all else is refused on."""
+        self.both(p, "open", self.new(), "mshare_info", flags, 0)
+
+    @rule(
+        p=process, fd=small,
+        flags=st.sampled_from([os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY, os.O_PATH]),
+    )  # fmt: skip
+    def open_again(self, p: int, fd: int, flags: int) -> None:
+        """With other rights than the descriptor has."""
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "open_again", self.new(), handle, flags)
 
     @rule(p=process, fd=small)
     def close(self, p: int, fd: int) -> None:
@@ -365,27 +415,37 @@ class Machine(Comparing):
 
     @rule(
         p=process, fd=small, at=page, size=length,
-        prot=st.sampled_from([RW, RW, READ]), extra=st.sampled_from([0, NORESERVE]),
+        prot=st.sampled_from([RW, RW, READ]), extra=st.sampled_from([0, NORESERVE]), other=seldom,
     )  # fmt: skip
-    def map_memory(self, p: int, fd: int, at: int, size: int, prot: int, extra: int) -> None:
+    def map_memory(
+        self, p: int, fd: int, at: int, size: int, prot: int, extra: int, other: bool
+    ) -> None:
         """Anonymous memory in place of what is there."""
-        self.create(p, fd, at, size, 0, prot, SHARED | FIXED | ANONYMOUS | extra, "closed")
+        flags = SHARED | FIXED | ANONYMOUS | extra
+        self.create(p, fd, at, size, 0, prot, flags, "closed", other)
 
     @rule(
         p=process, fd=small, at=page, size=length, offset=st.integers(0, 9),
-        prot=st.sampled_from([RW, RW, READ]), source=source,
+        prot=st.sampled_from([RW, RW, READ]), source=source, other=seldom,
     )  # fmt: skip
     def map_file(
-        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, source: str
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, source: str, other: bool
     ) -> None:
         """A file in place of what is there, longer or shorter than the range."""
-        self.create(p, fd, at, size, offset * PAGE, prot, SHARED | FIXED, source)
+        self.create(p, fd, at, size, offset * PAGE, prot, SHARED | FIXED, source, other)
 
     def create(
-        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
-    ) -> None:
-        """CREATE_MAPPING of pages, counted from the region's end if negative."""
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, flags: int, source: str,
+        other: bool,
+    ) -> None:  # fmt: skip
+        """CREATE_MAPPING of pages, counted from the region's end if negative.
+
+        Locked where all content is, or the other way round.
+        """
         p, handle = self.descriptor(p, fd)
+        file = self.model.processes[p].descriptors.get(handle)
+        if other != bool(file and file.region and file.region.locked):
+            size, flags = min(size, MOST_LOCKED), flags | LOCKED
         start, size = self.place(p, handle, at), size * PAGE
         self.change(p, "create_mapping", handle, start, size, offset, prot, flags, source)
 
@@ -401,6 +461,7 @@ class Machine(Comparing):
         flags=st.sampled_from([
             SHARED | FIXED, SHARED | FIXED, SHARED | FIXED | ANONYMOUS, SHARED | ANONYMOUS,
             PRIVATE | FIXED | ANONYMOUS, FIXED | ANONYMOUS, SHARED | FIXED | 0x40,
+            SHARED | FIXED | LOCKED, SHARED | FIXED | ANONYMOUS | LOCKED,
         ]),
         source=any_source, valid=st.integers(0, 3),
     )  # fmt: skip
@@ -415,8 +476,15 @@ class Machine(Comparing):
             offset = 0
         if valid > 2:
             prot = prot if prot in (READ, RW) else READ
+        if flags & LOCKED and size <= MOST_SLOTS * SLOT:
+            size = min(size, MOST_LOCKED * PAGE)
         p, handle = self.descriptor(p, fd)
         self.change(p, "create_mapping", handle, at, size, offset, prot, flags, source)
+
+    @rule(p=process, pages=st.sampled_from([0, 1, 8, MOST_LOCKED, MAY_LOCK]))
+    def limit_locked(self, p: int, pages: int) -> None:
+        """How much its user may lock, when this process asks."""
+        self.both(p, "limit_locked", pages * PAGE)
 
     @rule(p=process, fd=small, at=page, size=length)
     def unmap(self, p: int, fd: int, at: int, size: int) -> None:
@@ -441,7 +509,7 @@ class Machine(Comparing):
         p, handle = self.descriptor(p, fd)
         self.both(p, call, handle, at, size, *([READ] if call == "protect" else []))
 
-    @rule(p=process, fd=small, room=st.sampled_from([128, 128, 128, 256, 104, 32, 16, 15, 0]))
+    @rule(p=process, fd=small, room=st.sampled_from([128, 128, 128, 256, 111, 104, 32, 16, 15, 0]))
     def info(self, p: int, fd: int, room: int) -> None:
         """Every field that is exact, and what does not fit is left alone."""
         p, handle = self.descriptor(p, fd)
@@ -492,6 +560,9 @@ class Machine(Comparing):
         self, p: int, handle: int, size: int, prot: int, flags: int, address: int, offset: int
     ) -> None:
         """mmap, and look at what address it gave and what page tables it took."""
+        file = self.model.processes[p].descriptors.get(handle)
+        if file and file.region and file.region.size >= size > MOST_SLOTS * SLOT:
+            return
         args = handle, size, prot, flags, address, offset
         expected = outcome(self.model.processes[p].mmap, *args)
         nominal = 0
@@ -622,6 +693,65 @@ class Machine(Comparing):
                 expected = "error", "EFAULT"
             self.later(None, "load_of", (p, q, address, 8), expected)
 
+    @rule(
+        p=process, which=small, source=st.one_of(source, any_source), access=access_to_file
+    )  # fmt: skip
+    def open_file(self, p: int, which: int, source: str, access: int) -> None:
+        """The region of a file, and a window of it."""
+        args = self.new(), self.control(p, which), source, access
+        self.attach_if(p, args[0], access, self.both(p, "open_file", *args))
+
+    @rule(
+        p=process, which=small, number=st.integers(0, 2), at=st.integers(0, 9),
+        access=access_to_file, reserved=st.sampled_from([0] * 9 + [1]), window=seldom,
+    )  # fmt: skip
+    def open_mapping(
+        self, p: int, which: int, number: int, at: int, access: int, reserved: int, window: bool
+    ) -> None:
+        """The region of what is mapped somewhere, and a window of it."""
+        address = ELSEWHERE + number * SLOT + at * PAGE
+        if window and (found := self.pick(at, self.model.processes[p].windows)):
+            address = self.address(found, number)
+        args = self.new(), self.control(p, which), address, access, reserved
+        self.attach_if(p, args[0], access, self.both(p, "open_mapping", *args))
+
+    def attach_if(self, p: int, handle: int, access: int, came: Outcome) -> None:
+        """A window of a region that was got, and a look into it."""
+        if came[0] == "value":
+            self.attach(p, handle, SLOT, RW if access == os.O_RDWR else READ, SHARED, 0, 0)
+            self.probe(self.model.processes[p].descriptors[handle].region, 0, PAGE)
+
+    @rule(
+        p=process, number=st.integers(0, 2), source=st.one_of(source, other_memory),
+        size=st.integers(1, 9), prot=st.sampled_from([READ, RW]), offset=st.sampled_from([0, 0, 1]),
+        flags=st.sampled_from([SHARED, SHARED, SHARED, PRIVATE]),
+    )  # fmt: skip
+    def mmap_other(
+        self, p: int, number: int, source: str, size: int, prot: int, offset: int, flags: int
+    ) -> None:
+        """A file or other memory, mapped without msharefs."""
+        address = ELSEWHERE + number * SLOT
+        offset = 0 if source in ("anonymous", "segment") else offset * PAGE
+        flags = SHARED if source == "segment" else flags
+        self.both(p, "mmap_other", address, source, size * PAGE, prot, flags, offset)
+
+    @rule(p=process, number=st.integers(0, 2))
+    def munmap_other(self, p: int, number: int) -> None:
+        """It is mapped no longer; a region of it stays."""
+        self.both(p, "munmap_other", ELSEWHERE + number * SLOT)
+
+    @rule(
+        p=process, which=small, number=st.integers(0, 9), byte=st.sampled_from([0, 0, 1, 99]),
+        how=st.sampled_from(["direct", "call"]),
+    )  # fmt: skip
+    def use_other(self, p: int, which: int, number: int, byte: int, how: str) -> None:
+        """What is stored by a mapping is in the region, and the other way round."""
+        mapping = self.pick(which, self.model.processes[p].others)
+        if mapping and mapping.shared:
+            address = self.address(mapping, number)
+            what = ("store", bytes([byte] * 8)) if byte else ("load", 8)
+            self.access(p, mapping, how, what[0], address, what[1])
+
     @rule(p=process, source=st.sampled_from(["memfd", "tmpfs", "disk"]), number=small, byte=byte)
     def file_write(self, p: int, source: str, number: int, byte: int) -> None:
         """Into a file, not through a region."""
@@ -661,7 +791,7 @@ class Machine(Comparing):
             return
         user = self.model.processes[p].user
         self.both(None, "kill", p)
-        self.both(None, "spawn", p, user)
+        self.spawn(p, user)
 
     @rule(p=process, q=process, fd=small)
     def send(self, p: int, q: int, fd: int) -> None:

@@ -14,7 +14,7 @@ class ProtectsAll(Process):
 
     def protect(self, handle: int, at: int, size: int, prot: int, reserved: int = 0) -> None:
         super().protect(handle, at, size, prot, reserved)
-        region = self._region(handle)
+        region = self._layout(handle)
         super().protect(handle, 0, region.size, prot, reserved)
         region.layout_changes -= 1
 
@@ -25,7 +25,7 @@ class UnmapsNothing(Process):
     def unmap(self, handle: int, at: int, size: int) -> None:
         region = self._layout(handle)
         region.check_range(at, size)
-        region.changed(at, size)
+        region.change(at, size)
 
 
 class HoldsNoRegion(Process):
@@ -42,7 +42,7 @@ class WritesThroughReaders(Process):
     """A read-only window can be written to."""
 
     def store(self, address: int, data: bytes) -> bool:
-        window = self.window(address)
+        window = self.memory(address)
         before, window.writable = window.writable, True
         try:
             return super().store(address, data)
