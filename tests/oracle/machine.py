@@ -63,6 +63,7 @@ name = st.sampled_from("abc")
 mode = st.sampled_from([0o600, 0o644, 0o666, 0o000, 0o640])
 page = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 511, 512, 513, -1, SLOT // PAGE, SLOT // PAGE - 1])
 length = st.sampled_from([1, 2, 3, 8, 512, 1024, SLOT // PAGE, SLOT // PAGE + 1, 2 * SLOT // PAGE])
+near, few = st.sampled_from([0, 1, 2, 3, 8, 511, 512, 513]), st.sampled_from([1, 1, 2, 8, 512])
 byte = st.integers(1, 255)
 slot = st.integers(0, 7)
 one_access = st.tuples(
@@ -83,7 +84,7 @@ size_of_region = st.sampled_from(
     [SLOT, 2 * SLOT, 2 * SLOT, 4 * SLOT, 0, PAGE, SLOT + PAGE, -SLOT, MAX_SIZE, MAX_SIZE + SLOT,
      1 << 62]
 )  # fmt: skip
-access_to_file = st.sampled_from([os.O_RDONLY, os.O_RDONLY, os.O_RDWR, os.O_RDWR, os.O_WRONLY])
+access_to_file = st.sampled_from([os.O_RDONLY] * 3 + [os.O_RDWR] * 3 + [os.O_WRONLY])
 opening = st.sampled_from(
     [os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_EXCL,
      os.O_RDONLY | os.O_CREAT, os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_RDONLY, os.O_WRONLY,
@@ -227,16 +228,25 @@ class Machine(Comparing):
 
     # Choosing.
 
-    def handle(self, number: int, which: int) -> int:
-        """A descriptor of a process, and now and then none."""
-        found = self.pick(which, self.model.processes[number].descriptors)
-        return BAD if found is None or which == 15 else found
+    def descriptor(
+        self, number: int, which: int, fits: Callable[[Region], object] = bool
+    ) -> tuple[int, int]:
+        """A process that has a descriptor, this one if it has, and a descriptor.
 
-    def descriptor(self, number: int, which: int) -> tuple[int, int]:
-        """A process that has a descriptor, this one if it has, and a descriptor."""
-        for each in (number, *range(PROCESSES)):
-            if self.model.processes[each].descriptors:
-                return each, self.handle(each, which)
+        One of a region that fits, if there is one; and now and then none.
+        """
+        if which == 15:
+            return number, BAD
+        for wanted in (fits, None):
+            for each in (number, *range(PROCESSES)):
+                files = self.model.processes[each].descriptors
+                good = [
+                    handle
+                    for handle, file in files.items()
+                    if not wanted or (file.region and wanted(file.region))
+                ]
+                if (found := self.pick(which, good)) is not None:
+                    return each, found
         return number, BAD
 
     def window(self, number: int, which: int) -> tuple[int, Window | None]:
@@ -246,11 +256,18 @@ class Machine(Comparing):
                 return each, found
         return number, None
 
+    def other(self, number: int, which: int) -> tuple[int, Mapping | None]:
+        """The same for other memory."""
+        for each in (number, *range(PROCESSES)):
+            if found := self.pick(which, self.model.processes[each].others):
+                return each, found
+        return number, None
+
     def control(self, number: int, which: int) -> int:
         """A descriptor of ``mshare_info``, and now and then another or none."""
         descriptors = self.model.processes[number].descriptors
         if which >= 14:
-            return self.handle(number, which)
+            return self.pick(which, descriptors) or BAD
         for handle, file in descriptors.items():
             if not file.region:
                 return handle
@@ -290,25 +307,22 @@ class Machine(Comparing):
 
     # Rules.
 
-    @initialize(slots=st.integers(1, 2), prot=st.sampled_from([READ, RW]))
-    def begin(self, slots: int, prot: int) -> None:
+    @initialize(slots=st.integers(1, 2), prot=st.sampled_from([READ, RW]), locked=seldom)
+    def begin(self, slots: int, prot: int, locked: bool) -> None:
         """One region with content, in two processes."""
         handle = self.new()
         self.both(0, "open", handle, "a", os.O_RDWR | os.O_CREAT, 0o644)
         self.both(0, "ftruncate", handle, slots * SLOT)
-        flags = SHARED | FIXED | ANONYMOUS
+        flags = SHARED | FIXED | ANONYMOUS | (LOCKED if locked else 0)
         self.both(0, "create_mapping", handle, 0, 512 * PAGE, 0, RW, flags, "closed")
         self.both(None, "send", 0, handle, 1)
         self.attach(0, handle, slots * SLOT, RW, SHARED | FIXED, ARENA, 0)
         self.attach(1, handle, slots * SLOT, prot, SHARED, 0, 0)
 
     @rule(
-        p=process, slots=st.integers(1, 2), mode=mode, at=page, size=length, link=small,
-        locked=st.booleans(), now=seldom,
+        p=process, slots=st.integers(1, 2), mode=mode, at=page, size=length, link=small, now=seldom
     )  # fmt: skip
-    def make(
-        self, p: int, slots: int, mode: int, at: int, size: int, link: int, locked: bool, now: bool
-    ) -> None:
+    def make(self, p: int, slots: int, mode: int, at: int, size: int, link: int, now: bool) -> None:
         """A region with content, made without a name, and perhaps given one."""
         if not now:
             return
@@ -317,13 +331,10 @@ class Machine(Comparing):
         self.both(p, "fallocate", handle, 0, 0, slots * SLOT)
         start = self.place(p, handle, at)
         flags = SHARED | FIXED | ANONYMOUS
-        if locked:
-            size, flags = min(size, MOST_LOCKED), flags | LOCKED
         self.both(p, "create_mapping", handle, start, size * PAGE, 0, RW, flags, "closed")
         if link < 3 and p != 2:
             self.both(p, "link", handle, "abc"[link])
-        if link % 2:
-            self.attach(p, handle, slots * SLOT, RW, SHARED, 0, 0)
+        self.attach(p, handle, slots * SLOT, RW, SHARED, 0, 0)
 
     @rule(p=process, which=small, prot=st.sampled_from([RW, RW, READ]))
     def attach_whole(self, p: int, which: int, prot: int) -> None:
@@ -415,37 +426,27 @@ class Machine(Comparing):
 
     @rule(
         p=process, fd=small, at=page, size=length,
-        prot=st.sampled_from([RW, RW, READ]), extra=st.sampled_from([0, NORESERVE]), other=seldom,
+        prot=st.sampled_from([RW, RW, READ]), extra=st.sampled_from([0, NORESERVE]),
     )  # fmt: skip
-    def map_memory(
-        self, p: int, fd: int, at: int, size: int, prot: int, extra: int, other: bool
-    ) -> None:
+    def map_memory(self, p: int, fd: int, at: int, size: int, prot: int, extra: int) -> None:
         """Anonymous memory in place of what is there."""
-        flags = SHARED | FIXED | ANONYMOUS | extra
-        self.create(p, fd, at, size, 0, prot, flags, "closed", other)
+        self.create(p, fd, at, size, 0, prot, SHARED | FIXED | ANONYMOUS | extra, "closed")
 
     @rule(
         p=process, fd=small, at=page, size=length, offset=st.integers(0, 9),
-        prot=st.sampled_from([RW, RW, READ]), source=source, other=seldom,
+        prot=st.sampled_from([RW, RW, READ]), source=source,
     )  # fmt: skip
     def map_file(
-        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, source: str, other: bool
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, source: str
     ) -> None:
         """A file in place of what is there, longer or shorter than the range."""
-        self.create(p, fd, at, size, offset * PAGE, prot, SHARED | FIXED, source, other)
+        self.create(p, fd, at, size, offset * PAGE, prot, SHARED | FIXED, source)
 
     def create(
-        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, flags: int, source: str,
-        other: bool,
-    ) -> None:  # fmt: skip
-        """CREATE_MAPPING of pages, counted from the region's end if negative.
-
-        Locked where all content is, or the other way round.
-        """
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
+    ) -> None:
+        """CREATE_MAPPING of pages, counted from the region's end if negative."""
         p, handle = self.descriptor(p, fd)
-        file = self.model.processes[p].descriptors.get(handle)
-        if other != bool(file and file.region and file.region.locked):
-            size, flags = min(size, MOST_LOCKED), flags | LOCKED
         start, size = self.place(p, handle, at), size * PAGE
         self.change(p, "create_mapping", handle, start, size, offset, prot, flags, source)
 
@@ -481,10 +482,62 @@ class Machine(Comparing):
         p, handle = self.descriptor(p, fd)
         self.change(p, "create_mapping", handle, at, size, offset, prot, flags, source)
 
-    @rule(p=process, pages=st.sampled_from([0, 1, 8, MOST_LOCKED, MAY_LOCK]))
-    def limit_locked(self, p: int, pages: int) -> None:
-        """How much its user may lock, when this process asks."""
-        self.both(p, "limit_locked", pages * PAGE)
+    @rule(
+        p=st.sampled_from([0, 1, 2, 2]), fd=small, at=near, size=few, offset=st.integers(0, 4),
+        prot=st.sampled_from([RW, RW, READ]), source=st.one_of(source, st.just("memory")),
+        limit=st.sampled_from([0, 1, 8, MAY_LOCK, MAY_LOCK]), alone=seldom,
+    )  # fmt: skip
+    def lock(
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, source: str, limit: int,
+        alone: bool,
+    ) -> None:  # fmt: skip
+        """Locked content, mostly in a region that is locked or empty, with windows or without."""
+        if fd < 12:
+            handle = self.lockable(p, fd)
+        else:
+            p, handle = self.descriptor(p, fd)
+        if alone:
+            self.leave(p, handle)
+        self.both(p, "limit_locked", limit * PAGE)
+        flags = SHARED | FIXED | LOCKED
+        if source == "memory":
+            offset, flags = 0, flags | ANONYMOUS
+        args = at * PAGE, size * PAGE, offset * PAGE, prot, flags, source
+        self.change(p, "create_mapping", handle, *args)
+        if not alone:
+            self.attach(p, handle, SLOT, prot, SHARED, 0, 0)
+
+    def lockable(self, number: int, which: int) -> int:
+        """A descriptor of a locked region, or of a new one."""
+        files = self.model.processes[number].descriptors.items()
+        good = [handle for handle, file in files if file.region and file.region.locked]
+        if (found := self.pick(which, good)) is not None:
+            return found
+        self.both(number, "open", handle := self.new(), TMPFILE, os.O_RDWR, 0o600)
+        self.both(number, "ftruncate", handle, 2 * SLOT)
+        return handle
+
+    @rule(
+        p=process, fd=small, at=near, size=few, prot=st.sampled_from([READ, RW]),
+        call=st.sampled_from(["unmap", "protect"]), alone=seldom,
+    )  # fmt: skip
+    def change_locked(
+        self, p: int, fd: int, at: int, size: int, prot: int, call: str, alone: bool
+    ) -> None:
+        """What is locked goes and changes only when nobody has a window."""
+        p, handle = self.descriptor(p, fd, lambda region: region.locked)
+        if alone:
+            self.leave(p, handle)
+        args = (prot,) if call == "protect" else ()
+        self.change(p, call, handle, at * PAGE, size * PAGE, *args)
+
+    def leave(self, number: int, handle: int) -> None:
+        """All windows of a region go."""
+        file = self.model.processes[number].descriptors.get(handle)
+        for each, process in self.model.processes.items():
+            for window in list(process.windows):
+                if file and file.region is window.region:
+                    self.both(each, "munmap", window.address, window.size)
 
     @rule(p=process, fd=small, at=page, size=length)
     def unmap(self, p: int, fd: int, at: int, size: int) -> None:
@@ -698,42 +751,70 @@ class Machine(Comparing):
     )  # fmt: skip
     def open_file(self, p: int, which: int, source: str, access: int) -> None:
         """The region of a file, and a window of it."""
-        args = self.new(), self.control(p, which), source, access
-        self.attach_if(p, args[0], access, self.both(p, "open_file", *args))
+        self.ask(p, "open_file", self.control(p, which), source, access)
 
     @rule(
-        p=process, which=small, number=st.integers(0, 2), at=st.integers(0, 9),
-        access=access_to_file, reserved=st.sampled_from([0] * 9 + [1]), window=seldom,
+        p=process, which=small, at=st.sampled_from([0, 0, 0, 1, 2, 8]), access=access_to_file,
+        reserved=st.sampled_from([0] * 9 + [1]), window=seldom,
     )  # fmt: skip
     def open_mapping(
-        self, p: int, which: int, number: int, at: int, access: int, reserved: int, window: bool
+        self, p: int, which: int, at: int, access: int, reserved: int, window: bool
     ) -> None:
-        """The region of what is mapped somewhere, and a window of it."""
-        address = ELSEWHERE + number * SLOT + at * PAGE
-        if window and (found := self.pick(at, self.model.processes[p].windows)):
-            address = self.address(found, number)
-        args = self.new(), self.control(p, which), address, access, reserved
-        self.attach_if(p, args[0], access, self.both(p, "open_mapping", *args))
+        """The region of what is mapped somewhere, or not, and a window of it."""
+        found: Mapping | Window | None
+        p, found = self.window(p, which) if window else self.other(p, which)
+        address = (found.address if found else ELSEWHERE) + at * PAGE
+        self.ask(p, "open_mapping", self.control(p, which), address, access, reserved)
 
-    def attach_if(self, p: int, handle: int, access: int, came: Outcome) -> None:
-        """A window of a region that was got, and a look into it."""
-        if came[0] == "value":
+    def ask(
+        self, p: int, call: str, control: int, what: int | str, access: int, *more: int
+    ) -> None:
+        """OPEN_FILE or OPEN_MAPPING, a window of the region, and a look into it."""
+        handle = self.new()
+        if self.both(p, call, handle, control, what, access, *more)[0] == "value":
             self.attach(p, handle, SLOT, RW if access == os.O_RDWR else READ, SHARED, 0, 0)
             self.probe(self.model.processes[p].descriptors[handle].region, 0, PAGE)
 
     @rule(
+        p=process, fd=small, name=name,
+        call=st.sampled_from(
+            ["create_mapping", "unmap", "protect", "link", "open_again", "ftruncate"]
+        ),
+    )  # fmt: skip
+    def change_region_of_file(self, p: int, fd: int, name: str, call: str) -> None:
+        """Its layout, name, rights and size stay as they are."""
+        p, handle = self.descriptor(p, fd, lambda region: region.of)
+        match call:
+            case "create_mapping":
+                flags = SHARED | FIXED | ANONYMOUS
+                self.both(p, call, handle, 0, PAGE, 0, READ, flags, "closed")
+            case "unmap":
+                self.both(p, call, handle, 0, PAGE)
+            case "protect":
+                self.both(p, call, handle, 0, PAGE, READ)
+            case "link":
+                self.both(p, call, handle, name)
+            case "open_again":
+                self.both(p, call, self.new(), handle, os.O_RDWR)
+            case "ftruncate":
+                self.both(p, call, handle, MAX_SIZE)
+
+    @rule(
         p=process, number=st.integers(0, 2), source=st.one_of(source, other_memory),
         size=st.integers(1, 9), prot=st.sampled_from([READ, RW]), offset=st.sampled_from([0, 0, 1]),
-        flags=st.sampled_from([SHARED, SHARED, SHARED, PRIVATE]),
+        flags=st.sampled_from([SHARED] * 5 + [PRIVATE]), access=access_to_file,
     )  # fmt: skip
     def mmap_other(
-        self, p: int, number: int, source: str, size: int, prot: int, offset: int, flags: int
-    ) -> None:
-        """A file or other memory, mapped without msharefs."""
+        self, p: int, number: int, source: str, size: int, prot: int, offset: int, flags: int,
+        access: int,
+    ) -> None:  # fmt: skip
+        """A file or other memory, mapped without msharefs, and the region of it."""
         address = ELSEWHERE + number * SLOT
         offset = 0 if source in ("anonymous", "segment") else offset * PAGE
         flags = SHARED if source == "segment" else flags
         self.both(p, "mmap_other", address, source, size * PAGE, prot, flags, offset)
+        self.ask(p, "open_mapping", self.control(p, 0), address, access)
+        self.look(*self.other(p, number), size, "direct")
 
     @rule(p=process, number=st.integers(0, 2))
     def munmap_other(self, p: int, number: int) -> None:
@@ -746,7 +827,10 @@ class Machine(Comparing):
     )  # fmt: skip
     def use_other(self, p: int, which: int, number: int, byte: int, how: str) -> None:
         """What is stored by a mapping is in the region, and the other way round."""
-        mapping = self.pick(which, self.model.processes[p].others)
+        self.look(*self.other(p, which), number, how, byte)
+
+    def look(self, p: int, mapping: Mapping | None, number: int, how: str, byte: int = 0) -> None:
+        """Load or store in a page of other memory."""
         if mapping and mapping.shared:
             address = self.address(mapping, number)
             what = ("store", bytes([byte] * 8)) if byte else ("load", 8)
