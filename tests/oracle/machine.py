@@ -566,6 +566,10 @@ class Machine(Comparing):
     def info(self, p: int, fd: int, room: int) -> None:
         """Every field that is exact, and what does not fit is left alone."""
         p, handle = self.descriptor(p, fd)
+        self.compare_info(p, handle, room)
+
+    def compare_info(self, p: int, handle: int, room: int = 128) -> None:
+        """INFO, as far as it is exact."""
         expected = outcome(self.model.processes[p].info, handle, room)
         if expected[0] == "value":
             exact = {key: value for key, value in expected[1].items() if value is not None}
@@ -747,11 +751,13 @@ class Machine(Comparing):
             self.later(None, "load_of", (p, q, address, 8), expected)
 
     @rule(
-        p=process, which=small, source=st.one_of(source, any_source), access=access_to_file
+        p=process, q=process, which=small, source=st.one_of(source, any_source),
+        access=access_to_file,
     )  # fmt: skip
-    def open_file(self, p: int, which: int, source: str, access: int) -> None:
-        """The region of a file, and a window of it."""
-        self.ask(p, "open_file", self.control(p, which), source, access)
+    def open_file(self, p: int, q: int, which: int, source: str, access: int) -> None:
+        """The region of a file, for two who ask."""
+        for number in (p, q):
+            self.ask(number, "open_file", self.control(number, which), source, access)
 
     @rule(
         p=process, which=small, at=st.sampled_from([0, 0, 0, 1, 2, 8]), access=access_to_file,
@@ -774,6 +780,7 @@ class Machine(Comparing):
         if self.both(p, call, handle, control, what, access, *more)[0] == "value":
             self.attach(p, handle, SLOT, RW if access == os.O_RDWR else READ, SHARED, 0, 0)
             self.probe(self.model.processes[p].descriptors[handle].region, 0, PAGE)
+            self.compare_info(p, handle)
 
     @rule(
         p=process, fd=small, name=name,
