@@ -229,7 +229,7 @@ class Machine(Comparing):
     # Choosing.
 
     def descriptor(
-        self, number: int, which: int, fits: Callable[[Region], object] = bool
+        self, number: int, which: int, fits: Callable[[Region], object] | None = None
     ) -> tuple[int, int]:
         """A process that has a descriptor, this one if it has, and a descriptor.
 
@@ -493,7 +493,7 @@ class Machine(Comparing):
     ) -> None:  # fmt: skip
         """Locked content, mostly in a region that is locked or empty, with windows or without."""
         if fd < 12:
-            handle = self.lockable(p, fd)
+            handle = self.lockable(p, fd, fill=False)
         else:
             p, handle = self.descriptor(p, fd)
         if alone:
@@ -507,14 +507,18 @@ class Machine(Comparing):
         if not alone:
             self.attach(p, handle, SLOT, prot, SHARED, 0, 0)
 
-    def lockable(self, number: int, which: int) -> int:
-        """A descriptor of a locked region, or of a new one."""
+    def lockable(self, number: int, which: int, *, fill: bool) -> int:
+        """A descriptor of a locked region, or of a new one, with content and a window if wanted."""
         files = self.model.processes[number].descriptors.items()
         good = [handle for handle, file in files if file.region and file.region.locked]
         if (found := self.pick(which, good)) is not None:
             return found
         self.both(number, "open", handle := self.new(), TMPFILE, os.O_RDWR, 0o600)
         self.both(number, "ftruncate", handle, 2 * SLOT)
+        if fill:
+            flags = SHARED | FIXED | ANONYMOUS | LOCKED
+            self.both(number, "create_mapping", handle, 0, 8 * PAGE, 0, RW, flags, "closed")
+            self.attach(number, handle, SLOT, RW, SHARED, 0, 0)
         return handle
 
     @rule(
@@ -525,7 +529,7 @@ class Machine(Comparing):
         self, p: int, fd: int, at: int, size: int, prot: int, call: str, alone: bool
     ) -> None:
         """What is locked goes and changes only when nobody has a window."""
-        p, handle = self.descriptor(p, fd, lambda region: region.locked)
+        handle = self.lockable(p, fd, fill=True)
         if alone:
             self.leave(p, handle)
         args = (prot,) if call == "protect" else ()

@@ -94,15 +94,14 @@ class Content:
         drop(self.pages, range(size // PAGE, 1 << 63))
 
     def ends_before(self, end: int) -> bool:
-        """Whether there is nothing of the file just before ``end``."""
+        """Whether a file is not as long as that."""
         return self.size is not None and self.size < end
 
-    def find(self, position: int) -> tuple[Content, int]:
+    def number(self, position: int) -> int:
         """The number of the page there. ABI, Faults: past the end of a file, SIGBUS."""
-        number = position // PAGE
-        if self.ends_before((number + 1) * PAGE):
+        if self.ends_before(position + 1):
             raise Fault(signal.SIGBUS)
-        return self, number
+        return position // PAGE
 
 
 @dataclass(frozen=True)
@@ -292,7 +291,8 @@ class Window:
         extent = self.region.layout.at(position)
         if not extent or (write and not (self.writable and extent.writable)):
             raise Fault(signal.SIGSEGV)
-        return extent.content.find(extent.offset + position - extent.start)
+        content = extent.content
+        return content, content.number(extent.offset + position - extent.start)
 
     def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
         """The page there, the same one for everybody, and whether this may be a fault served.
@@ -335,7 +335,7 @@ class Mapping:
         """As that of a window."""
         if write and not self.writable:
             raise Fault(signal.SIGSEGV)
-        return self.content.find(self.offset + address - self.address)
+        return self.content, self.content.number(self.offset + address - self.address)
 
     def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
         """As that of a window."""

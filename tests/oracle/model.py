@@ -304,7 +304,10 @@ class Process:
     def create_mapping(
         self, handle: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
     ) -> None:
-        """CREATE_MAPPING: put content into the region, in place of what is there."""
+        """CREATE_MAPPING: put content into the region, in place of what is there.
+
+        With MAP_LOCKED all of it is in memory now, and stays there.
+        """
         region = self._layout(handle)
         region.check_range(at, size)
         self._check_prot(prot)
