@@ -92,6 +92,11 @@ opening = st.sampled_from(
 )  # fmt: skip
 
 
+def filled(region: Region) -> bool:
+    """Whether there is content whose layout can be changed."""
+    return bool(region.layout.extents) and not region.of
+
+
 def without_faults(found: tuple[Any, int]) -> tuple[Any, int]:
     """An access of which nobody knows how many faults it takes."""
     return found[0], 0
@@ -546,7 +551,7 @@ class Machine(Comparing):
     @rule(p=process, fd=small, at=page, size=length)
     def unmap(self, p: int, fd: int, at: int, size: int) -> None:
         """A hole in place of what is there."""
-        p, handle = self.descriptor(p, fd)
+        p, handle = self.descriptor(p, fd, filled)
         self.change(p, "unmap", handle, self.place(p, handle, at), size * PAGE)
 
     @rule(
@@ -556,7 +561,7 @@ class Machine(Comparing):
     )  # fmt: skip
     def protect(self, p: int, fd: int, at: int, size: int, prot: int, reserved: int) -> None:
         """Forbid or allow writing."""
-        p, handle = self.descriptor(p, fd)
+        p, handle = self.descriptor(p, fd, filled)
         start = self.place(p, handle, at)
         self.change(p, "protect", handle, start, size * PAGE, prot, reserved)
 
