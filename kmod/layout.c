@@ -175,8 +175,12 @@ static int change(struct mshare_region *r, unsigned int op,
 	int err = freeze(r);
 
 	if (!err) {
-		err = mshare_keeps(r, offset, size) ? -EBUSY : mshare_host_run(r, r->mm, fn, arg);
-		atomic64_inc(&r->changes);
+		if (mshare_keeps(r, offset, size)) {
+			err = -EBUSY;
+		} else {
+			err = mshare_host_run(r, r->mm, fn, arg);
+			atomic64_inc(&r->changes);
+		}
 		thaw(r);
 	}
 	trace_mshare_layout(r, op, offset, size, err);

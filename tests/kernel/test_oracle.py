@@ -12,7 +12,7 @@ from tests.oracle.machine import Machine
 from tests.oracle.run import run
 from tests.oracle.setting import Kernel
 
-SEED, STEPS = 11, 2_000
+SEED, STEPS = 13, 2_000
 ENOUGH = 30_000
 """Steps within which a wrong model must be found out."""
 

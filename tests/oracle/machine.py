@@ -22,6 +22,7 @@ from tests.oracle.memory import (
     EXEC,
     FILE_SIZE,
     FIXED,
+    LOCKED,
     MAX_SIZE,
     NOREPLACE,
     NORESERVE,
@@ -33,6 +34,7 @@ from tests.oracle.memory import (
     SLOT,
     TMPFILE,
     WRITE,
+    Mapping,
     Region,
     Window,
 )
@@ -41,8 +43,14 @@ from tests.oracle.setting import NOBODY, Setting
 from tests.oracle.worker import NOMINAL, Call, Outcome, outcome
 
 T = TypeVar("T")
-ARENA, WISHES = 16 << 40, 24 << 40
-"""Where windows with a chosen address go, in every process."""
+ELSEWHERE, ARENA, WISHES = 8 << 40, 16 << 40, 24 << 40
+"""Where other mappings and windows with a chosen address go, in every process."""
+MOST_SLOTS = 4
+"""Of a window, so that there is room for it."""
+MOST_LOCKED = 1024
+"""Pages that are locked at once, so that memory is not short."""
+MAY_LOCK = 2048
+"""Pages that a user may lock, at first."""
 PROCESSES = 3
 BATCH = 100
 """Calls the engine makes at a time."""
@@ -55,6 +63,7 @@ name = st.sampled_from("abc")
 mode = st.sampled_from([0o600, 0o644, 0o666, 0o000, 0o640])
 page = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 511, 512, 513, -1, SLOT // PAGE, SLOT // PAGE - 1])
 length = st.sampled_from([1, 2, 3, 8, 512, 1024, SLOT // PAGE, SLOT // PAGE + 1, 2 * SLOT // PAGE])
+near, few = st.sampled_from([0, 1, 2, 3, 8, 511, 512, 513]), st.sampled_from([1, 1, 2, 8, 512])
 byte = st.integers(1, 255)
 slot = st.integers(0, 7)
 one_access = st.tuples(
@@ -69,15 +78,23 @@ any_source = st.sampled_from(
     ["memfd", "memfd-ro", "memfd-wo", "disk", "disk-wo", "sealed", "pipe", "device", "folder",
      "huge", "info", "closed"]
 )  # fmt: skip
+other_memory = st.sampled_from(["anonymous", "segment"])
 odd = st.sampled_from([0, 1, 100, PAGE, SLOT, SLOT - PAGE, 4 * SLOT, 1 << 62, (1 << 64) - PAGE])
 size_of_region = st.sampled_from(
-    [SLOT, 2 * SLOT, 2 * SLOT, 4 * SLOT, 0, PAGE, SLOT + PAGE, -SLOT, MAX_SIZE + SLOT, 1 << 62]
-)
+    [SLOT, 2 * SLOT, 2 * SLOT, 4 * SLOT, 0, PAGE, SLOT + PAGE, -SLOT, MAX_SIZE, MAX_SIZE + SLOT,
+     1 << 62]
+)  # fmt: skip
+access_to_file = st.sampled_from([os.O_RDONLY] * 3 + [os.O_RDWR] * 3 + [os.O_WRONLY])
 opening = st.sampled_from(
     [os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_EXCL,
      os.O_RDONLY | os.O_CREAT, os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_RDONLY, os.O_WRONLY,
      os.O_RDWR | os.O_TRUNC, os.O_PATH]
 )  # fmt: skip
+
+
+def filled(region: Region) -> bool:
+    """Whether there is content whose layout can be changed."""
+    return bool(region.layout.extents) and not region.of
 
 
 def without_faults(found: tuple[Any, int]) -> tuple[Any, int]:
@@ -171,7 +188,12 @@ class Machine(Comparing):
         super().__init__()
         self.model = self.setting.model(self.wrong)
         for number in range(PROCESSES):
-            self.both(None, "spawn", number, NOBODY if number == 2 else 0)
+            self.spawn(number, NOBODY if number == 2 else 0)
+
+    def spawn(self, number: int, user: int) -> None:
+        """A process, with a limit that is known."""
+        self.both(None, "spawn", number, user)
+        self.both(number, "limit_locked", MAY_LOCK * PAGE)
 
     def teardown(self) -> None:
         """Without processes and names nothing is left of any region."""
@@ -179,7 +201,9 @@ class Machine(Comparing):
         self.later(None, "statfs", (), ("value", 0))
         super().teardown()
 
-    def access(self, number: int, window: Window, how: str, call: str, *args: Any) -> Outcome:
+    def access(
+        self, number: int, window: Window | Mapping, how: str, call: str, *args: Any
+    ) -> Outcome:
         """Load or store: the same bytes or the same signal; and no fault where none can be."""
         process = self.model.processes[number]
         direct = how == "direct"
@@ -194,7 +218,7 @@ class Machine(Comparing):
             wanted = "value", (found, 0)
             if may_fault:
                 see = without_faults
-            else:
+            elif isinstance(window, Window):
                 watch = self.watch(process, window)
         self.later(number, "access", (direct, watch, *args), wanted, see)
         return expected
@@ -209,16 +233,25 @@ class Machine(Comparing):
 
     # Choosing.
 
-    def handle(self, number: int, which: int) -> int:
-        """A descriptor of a process, and now and then none."""
-        found = self.pick(which, self.model.processes[number].descriptors)
-        return BAD if found is None or which == 15 else found
+    def descriptor(
+        self, number: int, which: int, fits: Callable[[Region], object] | None = None
+    ) -> tuple[int, int]:
+        """A process that has a descriptor, this one if it has, and a descriptor.
 
-    def descriptor(self, number: int, which: int) -> tuple[int, int]:
-        """A process that has a descriptor, this one if it has, and a descriptor."""
-        for each in (number, *range(PROCESSES)):
-            if self.model.processes[each].descriptors:
-                return each, self.handle(each, which)
+        One of a region that fits, if there is one; and now and then none.
+        """
+        if which == 15:
+            return number, BAD
+        for wanted in (fits, None):
+            for each in (number, *range(PROCESSES)):
+                files = self.model.processes[each].descriptors
+                good = [
+                    handle
+                    for handle, file in files.items()
+                    if not wanted or (file.region and wanted(file.region))
+                ]
+                if (found := self.pick(which, good)) is not None:
+                    return each, found
         return number, BAD
 
     def window(self, number: int, which: int) -> tuple[int, Window | None]:
@@ -228,7 +261,25 @@ class Machine(Comparing):
                 return each, found
         return number, None
 
-    def address(self, window: Window, number: int) -> int:
+    def other(self, number: int, which: int) -> tuple[int, Mapping | None]:
+        """The same for other memory."""
+        for each in (number, *range(PROCESSES)):
+            if found := self.pick(which, self.model.processes[each].others):
+                return each, found
+        return number, None
+
+    def control(self, number: int, which: int) -> int:
+        """A descriptor of ``mshare_info``, and now and then another or none."""
+        descriptors = self.model.processes[number].descriptors
+        if which >= 14:
+            return self.pick(which, descriptors) or BAD
+        for handle, file in descriptors.items():
+            if not file.region:
+                return handle
+        self.both(number, "open", handle := self.new(), "mshare_info", os.O_RDONLY, 0)
+        return handle
+
+    def address(self, window: Window | Mapping, number: int) -> int:
         """The address of a page of a window."""
         return window.address + (number * PAGE) % window.size
 
@@ -261,13 +312,13 @@ class Machine(Comparing):
 
     # Rules.
 
-    @initialize(slots=st.integers(1, 2), prot=st.sampled_from([READ, RW]))
-    def begin(self, slots: int, prot: int) -> None:
+    @initialize(slots=st.integers(1, 2), prot=st.sampled_from([READ, RW]), locked=seldom)
+    def begin(self, slots: int, prot: int, locked: bool) -> None:
         """One region with content, in two processes."""
         handle = self.new()
         self.both(0, "open", handle, "a", os.O_RDWR | os.O_CREAT, 0o644)
         self.both(0, "ftruncate", handle, slots * SLOT)
-        flags = SHARED | FIXED | ANONYMOUS
+        flags = SHARED | FIXED | ANONYMOUS | (LOCKED if locked else 0)
         self.both(0, "create_mapping", handle, 0, 512 * PAGE, 0, RW, flags, "closed")
         self.both(None, "send", 0, handle, 1)
         self.attach(0, handle, slots * SLOT, RW, SHARED | FIXED, ARENA, 0)
@@ -296,7 +347,8 @@ class Machine(Comparing):
         p, handle = self.descriptor(p, which)
         file = self.model.processes[p].descriptors.get(handle)
         if file and file.region and file.region.size and not file.path_only:
-            self.attach(p, handle, file.region.size, prot, SHARED, 0, 0)
+            size = min(file.region.size, MOST_SLOTS * SLOT)
+            self.attach(p, handle, size, prot, SHARED, 0, 0)
 
     @rule(p=process, name=name, flags=opening, mode=mode)
     def open(self, p: int, name: str, flags: int, mode: int) -> None:
@@ -309,6 +361,20 @@ class Machine(Comparing):
     def open_without_name(self, p: int, mode: int) -> None:
         """O_TMPFILE."""
         self.both(p, "open", self.new(), TMPFILE, os.O_RDWR, mode)
+
+    @rule(p=process, flags=st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_PATH]))
+    def open_control(self, p: int, flags: int) -> None:
+        """The file that OPEN_FILE and OPEN_MAPPING are made on, and all else is refused on."""
+        self.both(p, "open", self.new(), "mshare_info", flags, 0)
+
+    @rule(
+        p=process, fd=small,
+        flags=st.sampled_from([os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY, os.O_PATH]),
+    )  # fmt: skip
+    def open_again(self, p: int, fd: int, flags: int) -> None:
+        """With other rights than the descriptor has."""
+        p, handle = self.descriptor(p, fd)
+        self.both(p, "open_again", self.new(), handle, flags)
 
     @rule(p=process, fd=small)
     def close(self, p: int, fd: int) -> None:
@@ -347,11 +413,16 @@ class Machine(Comparing):
         p, handle = self.descriptor(p, fd)
         self.both(p, "fchmod", handle, mode)
 
-    @rule(p=st.integers(0, 1), fd=small, name=name)
+    @rule(p=process, fd=small, name=name)
     def link(self, p: int, fd: int, name: str) -> None:
         """A name for a descriptor."""
         p, handle = self.descriptor(p, fd)
-        self.both(p, "link", handle, name)
+        self.link_as_root(p, handle, name)
+
+    def link_as_root(self, p: int, handle: int, name: str) -> None:
+        """By root: of others fs.protected_hardlinks asks more than the file system does."""
+        if not self.model.processes[p].user:
+            self.both(p, "link", handle, name)
 
     @rule(p=process, name=name)
     def unlink(self, p: int, name: str) -> None:
@@ -401,6 +472,7 @@ class Machine(Comparing):
         flags=st.sampled_from([
             SHARED | FIXED, SHARED | FIXED, SHARED | FIXED | ANONYMOUS, SHARED | ANONYMOUS,
             PRIVATE | FIXED | ANONYMOUS, FIXED | ANONYMOUS, SHARED | FIXED | 0x40,
+            SHARED | FIXED | LOCKED, SHARED | FIXED | ANONYMOUS | LOCKED,
         ]),
         source=any_source, valid=st.integers(0, 3),
     )  # fmt: skip
@@ -415,13 +487,76 @@ class Machine(Comparing):
             offset = 0
         if valid > 2:
             prot = prot if prot in (READ, RW) else READ
+        if flags & LOCKED and size <= MOST_SLOTS * SLOT:
+            size = min(size, MOST_LOCKED * PAGE)
         p, handle = self.descriptor(p, fd)
         self.change(p, "create_mapping", handle, at, size, offset, prot, flags, source)
+
+    @rule(
+        p=st.sampled_from([0, 1, 2, 2]), fd=small, at=near, size=few, offset=st.integers(0, 4),
+        prot=st.sampled_from([RW, RW, READ]), source=st.one_of(source, st.just("memory")),
+        limit=st.sampled_from([0, 1, 8, MAY_LOCK, MAY_LOCK]), alone=seldom,
+    )  # fmt: skip
+    def lock(
+        self, p: int, fd: int, at: int, size: int, offset: int, prot: int, source: str, limit: int,
+        alone: bool,
+    ) -> None:  # fmt: skip
+        """Locked content, mostly in a region that is locked or empty, with windows or without."""
+        if fd < 12:
+            handle = self.lockable(p, fd, fill=False)
+        else:
+            p, handle = self.descriptor(p, fd)
+        if alone:
+            self.leave(p, handle)
+        self.both(p, "limit_locked", limit * PAGE)
+        flags = SHARED | FIXED | LOCKED
+        if source == "memory":
+            offset, flags = 0, flags | ANONYMOUS
+        args = at * PAGE, size * PAGE, offset * PAGE, prot, flags, source
+        self.change(p, "create_mapping", handle, *args)
+        if not alone:
+            self.attach(p, handle, SLOT, prot, SHARED, 0, 0)
+
+    def lockable(self, number: int, which: int, *, fill: bool) -> int:
+        """A descriptor of a locked region, or of a new one, with content and a window if wanted."""
+        files = self.model.processes[number].descriptors.items()
+        good = [handle for handle, file in files if file.region and file.region.locked]
+        if (found := self.pick(which, good)) is not None:
+            return found
+        self.both(number, "open", handle := self.new(), TMPFILE, os.O_RDWR, 0o600)
+        self.both(number, "ftruncate", handle, 2 * SLOT)
+        if fill:
+            flags = SHARED | FIXED | ANONYMOUS | LOCKED
+            self.both(number, "create_mapping", handle, 0, 8 * PAGE, 0, RW, flags, "closed")
+            self.attach(number, handle, SLOT, RW, SHARED, 0, 0)
+        return handle
+
+    @rule(
+        p=process, fd=small, at=near, size=few, prot=st.sampled_from([READ, RW]),
+        call=st.sampled_from(["unmap", "protect"]), alone=seldom,
+    )  # fmt: skip
+    def change_locked(
+        self, p: int, fd: int, at: int, size: int, prot: int, call: str, alone: bool
+    ) -> None:
+        """What is locked goes and changes only when nobody has a window."""
+        handle = self.lockable(p, fd, fill=True)
+        if alone:
+            self.leave(p, handle)
+        args = (prot,) if call == "protect" else ()
+        self.change(p, call, handle, at * PAGE, size * PAGE, *args)
+
+    def leave(self, number: int, handle: int) -> None:
+        """All windows of a region go."""
+        file = self.model.processes[number].descriptors.get(handle)
+        for each, process in self.model.processes.items():
+            for window in list(process.windows):
+                if file and file.region is window.region:
+                    self.both(each, "munmap", window.address, window.size)
 
     @rule(p=process, fd=small, at=page, size=length)
     def unmap(self, p: int, fd: int, at: int, size: int) -> None:
         """A hole in place of what is there."""
-        p, handle = self.descriptor(p, fd)
+        p, handle = self.descriptor(p, fd, filled)
         self.change(p, "unmap", handle, self.place(p, handle, at), size * PAGE)
 
     @rule(
@@ -431,7 +566,7 @@ class Machine(Comparing):
     )  # fmt: skip
     def protect(self, p: int, fd: int, at: int, size: int, prot: int, reserved: int) -> None:
         """Forbid or allow writing."""
-        p, handle = self.descriptor(p, fd)
+        p, handle = self.descriptor(p, fd, filled)
         start = self.place(p, handle, at)
         self.change(p, "protect", handle, start, size * PAGE, prot, reserved)
 
@@ -441,10 +576,14 @@ class Machine(Comparing):
         p, handle = self.descriptor(p, fd)
         self.both(p, call, handle, at, size, *([READ] if call == "protect" else []))
 
-    @rule(p=process, fd=small, room=st.sampled_from([128, 128, 128, 256, 104, 32, 16, 15, 0]))
+    @rule(p=process, fd=small, room=st.sampled_from([128, 128, 128, 256, 111, 104, 32, 16, 15, 0]))
     def info(self, p: int, fd: int, room: int) -> None:
         """Every field that is exact, and what does not fit is left alone."""
         p, handle = self.descriptor(p, fd)
+        self.compare_info(p, handle, room)
+
+    def compare_info(self, p: int, handle: int, room: int = 128) -> None:
+        """INFO, as far as it is exact."""
         expected = outcome(self.model.processes[p].info, handle, room)
         if expected[0] == "value":
             exact = {key: value for key, value in expected[1].items() if value is not None}
@@ -492,6 +631,9 @@ class Machine(Comparing):
         self, p: int, handle: int, size: int, prot: int, flags: int, address: int, offset: int
     ) -> None:
         """mmap, and look at what address it gave and what page tables it took."""
+        file = self.model.processes[p].descriptors.get(handle)
+        if file and file.region and file.region.size >= size > MOST_SLOTS * SLOT:
+            return
         args = handle, size, prot, flags, address, offset
         expected = outcome(self.model.processes[p].mmap, *args)
         nominal = 0
@@ -622,6 +764,99 @@ class Machine(Comparing):
                 expected = "error", "EFAULT"
             self.later(None, "load_of", (p, q, address, 8), expected)
 
+    @rule(
+        p=process, q=process, which=small, source=st.one_of(source, any_source),
+        access=access_to_file,
+    )  # fmt: skip
+    def open_file(self, p: int, q: int, which: int, source: str, access: int) -> None:
+        """The region of a file, for two who ask."""
+        for number in (p, q):
+            self.ask(number, "open_file", self.control(number, which), source, access)
+
+    @rule(
+        p=process, which=small, at=st.sampled_from([0, 0, 0, 1, 2, 8]), access=access_to_file,
+        reserved=st.sampled_from([0] * 9 + [1]), window=seldom,
+    )  # fmt: skip
+    def open_mapping(
+        self, p: int, which: int, at: int, access: int, reserved: int, window: bool
+    ) -> None:
+        """The region of what is mapped somewhere, or not, and a window of it."""
+        found: Mapping | Window | None
+        p, found = self.window(p, which) if window else self.other(p, which)
+        address = (found.address if found else ELSEWHERE) + at * PAGE
+        self.ask(p, "open_mapping", self.control(p, which), address, access, reserved)
+
+    def ask(
+        self, p: int, call: str, control: int, what: int | str, access: int, *more: int
+    ) -> None:
+        """OPEN_FILE or OPEN_MAPPING, a window of the region, and a look into it."""
+        handle = self.new()
+        if self.both(p, call, handle, control, what, access, *more)[0] == "value":
+            self.attach(p, handle, SLOT, RW if access == os.O_RDWR else READ, SHARED, 0, 0)
+            self.probe(self.model.processes[p].descriptors[handle].region, 0, PAGE)
+            self.compare_info(p, handle)
+
+    @rule(
+        p=process, fd=small, name=name,
+        call=st.sampled_from(
+            ["create_mapping", "unmap", "protect", "link", "open_again", "ftruncate"]
+        ),
+    )  # fmt: skip
+    def change_region_of_file(self, p: int, fd: int, name: str, call: str) -> None:
+        """Its layout, name, rights and size stay as they are."""
+        p, handle = self.descriptor(p, fd, lambda region: region.of)
+        match call:
+            case "create_mapping":
+                flags = SHARED | FIXED | ANONYMOUS
+                self.both(p, call, handle, 0, PAGE, 0, READ, flags, "closed")
+            case "unmap":
+                self.both(p, call, handle, 0, PAGE)
+            case "protect":
+                self.both(p, call, handle, 0, PAGE, READ)
+            case "link":
+                self.link_as_root(p, handle, name)
+            case "open_again":
+                self.both(p, call, self.new(), handle, os.O_RDWR)
+            case "ftruncate":
+                self.both(p, call, handle, MAX_SIZE)
+
+    @rule(
+        p=process, number=st.integers(0, 2), source=st.one_of(source, other_memory),
+        size=st.integers(1, 9), prot=st.sampled_from([READ, RW]), offset=st.sampled_from([0, 0, 1]),
+        flags=st.sampled_from([SHARED] * 5 + [PRIVATE]), access=access_to_file,
+    )  # fmt: skip
+    def mmap_other(
+        self, p: int, number: int, source: str, size: int, prot: int, offset: int, flags: int,
+        access: int,
+    ) -> None:  # fmt: skip
+        """A file or other memory, mapped without msharefs, and the region of it."""
+        address = ELSEWHERE + number * SLOT
+        offset = 0 if source in ("anonymous", "segment") else offset * PAGE
+        flags = SHARED if source == "segment" else flags
+        self.both(p, "mmap_other", address, source, size * PAGE, prot, flags, offset)
+        self.ask(p, "open_mapping", self.control(p, 0), address, access)
+        self.look(*self.other(p, number), size, "direct")
+
+    @rule(p=process, number=st.integers(0, 2))
+    def munmap_other(self, p: int, number: int) -> None:
+        """It is mapped no longer; a region of it stays."""
+        self.both(p, "munmap_other", ELSEWHERE + number * SLOT)
+
+    @rule(
+        p=process, which=small, number=st.integers(0, 9), byte=st.sampled_from([0, 0, 1, 99]),
+        how=st.sampled_from(["direct", "call"]),
+    )  # fmt: skip
+    def use_other(self, p: int, which: int, number: int, byte: int, how: str) -> None:
+        """What is stored by a mapping is in the region, and the other way round."""
+        self.look(*self.other(p, which), number, how, byte)
+
+    def look(self, p: int, mapping: Mapping | None, number: int, how: str, byte: int = 0) -> None:
+        """Load or store in a page of other memory."""
+        if mapping and mapping.shared:
+            address = self.address(mapping, number)
+            what = ("store", bytes([byte] * 8)) if byte else ("load", 8)
+            self.access(p, mapping, how, what[0], address, what[1])
+
     @rule(p=process, source=st.sampled_from(["memfd", "tmpfs", "disk"]), number=small, byte=byte)
     def file_write(self, p: int, source: str, number: int, byte: int) -> None:
         """Into a file, not through a region."""
@@ -661,7 +896,7 @@ class Machine(Comparing):
             return
         user = self.model.processes[p].user
         self.both(None, "kill", p)
-        self.both(None, "spawn", p, user)
+        self.spawn(p, user)
 
     @rule(p=process, q=process, fd=small)
     def send(self, p: int, q: int, fd: int) -> None:

@@ -4,6 +4,7 @@
 `Layout`    which content lies where in a region; what lies nowhere is a hole
 `Region`    a layout with a size, an owner and names
 `Window`    one mapping of a region in one process
+`Mapping`   a file or other memory that a process has mapped without msharefs
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ADDRESSES = 1 << 47
 READ, WRITE, EXEC = 1, 2, 4
 RW = READ | WRITE
 SHARED, PRIVATE, FIXED, ANONYMOUS = 0x01, 0x02, 0x10, 0x20
-NORESERVE, NOREPLACE = 0x4000, 0x100000
+NORESERVE, NOREPLACE, LOCKED = 0x4000, 0x100000, 0x2000
 MAYMOVE, TO_FIXED, DONTUNMAP = 1, 2, 4
 FILE_SIZE = 8 * PAGE
 """Of files that are mapped, at first."""
@@ -92,10 +93,20 @@ class Content:
         self.size = size
         drop(self.pages, range(size // PAGE, 1 << 63))
 
+    def ends_before(self, end: int) -> bool:
+        """Whether a file is not as long as that."""
+        return self.size is not None and self.size < end
+
+    def number(self, position: int) -> int:
+        """The number of the page there. ABI, Faults: past the end of a file, SIGBUS."""
+        if self.ends_before(position + 1):
+            raise Fault(signal.SIGBUS)
+        return position // PAGE
+
 
 @dataclass(frozen=True)
 class Source:
-    """What the ``fd`` of CREATE_MAPPING is: content, or something that cannot be shared."""
+    """What a descriptor of a file leads to: content, or something that cannot be shared."""
 
     content: Content | None
     readable: bool = True
@@ -115,6 +126,8 @@ class Extent:
     writable: bool
     may_write: bool
     """Whether PROTECT may make it writable: the descriptor it came from was, and no seal is."""
+    locked_by: int | None = None
+    """MAP_LOCKED: the user whose limit it counts against. Its pages never leave memory."""
 
     def part(self, start: int, end: int) -> Extent:
         """What of it lies between ``start`` and ``end``."""
@@ -165,19 +178,18 @@ class Layout:
 
     @property
     def resident_bytes(self) -> int | None:
-        """INFO: pages in memory, if all of it is anonymous: those that were touched."""
-        contents = {each.content for each in self.extents}
-        if any(content.size is not None or content.paged_out for content in contents):
+        """INFO: what is in memory, if all is anonymous: what is locked, and pages touched."""
+        if any(each.content.size is not None for each in self.extents):
             return None
-        return sum(len(content.pages) for content in contents) * PAGE
+        movable = {each.content for each in self.extents if each.locked_by is None}
+        if any(content.paged_out for content in movable):
+            return None
+        return self.locked_bytes() + sum(len(content.pages) for content in movable) * PAGE
 
-    def slots(self) -> set[int]:
-        """Numbers of the slots that have content."""
-        return {
-            number
-            for each in self.extents
-            for number in range(each.start // SLOT, (each.end - 1) // SLOT + 1)
-        }
+    def locked_bytes(self, *users: int) -> int:
+        """INFO: what never moves; or what of it counts against the limit of some users."""
+        locked = [each for each in self.extents if each.locked_by is not None]
+        return sum(each.end - each.start for each in locked if not users or each.locked_by in users)
 
 
 @dataclass(eq=False)
@@ -191,6 +203,10 @@ class Region:
     """Made by O_TMPFILE and not linked yet."""
     size: int = 0
     layout: Layout = field(default_factory=Layout)
+    locked: bool | None = None
+    """Whether all content is locked, or none: the first mapping decides it, for good."""
+    of: tuple[Content, bool] | None = None
+    """OPEN_FILE: the file it is the region of, and whether it is the one for writers."""
     layout_changes: int = 0
     windows: list[Window] = field(default_factory=list)
     """All windows on it, in all processes."""
@@ -212,13 +228,18 @@ class Region:
         refuse_if(size > MAX_SIZE, errno.EFBIG)
         self.size = size
 
-    def changed(self, start: int, size: int) -> None:
-        """A layout change was carried out: entries of the range are gone, windows in place."""
+    def change(self, start: int, size: int) -> None:
+        """A layout change of a range begins: all windows are taken out and put in place again.
+
+        What is in a locked region is neither taken nor changed while there are windows.
+        """
+        for window in self.windows:
+            window.loose.clear()
+        kept = self.locked and self.windows and self.layout.within(start, start + size)
+        refuse_if(kept, errno.EBUSY)
         self.layout_changes += 1
         for view in self.tables.values():
             drop(view, pages(start, size))
-        for window in self.windows:
-            window.loose.clear()
 
     @property
     def slots_in_place(self) -> int:
@@ -255,23 +276,23 @@ class Window:
 
     def in_place(self) -> set[int]:
         """Slots that share the region's tables: all that have content, from mmap on."""
+        if self.moved_back:
+            return set()
         mine = range(self.offset // SLOT, (self.offset + self.size) // SLOT)
-        return set() if self.moved_back else (self.region.layout.slots() & set(mine)) - self.loose
+        within = self.region.layout.within
+        return {each for each in mine if within(each * SLOT, (each + 1) * SLOT)} - self.loose
 
     def find(self, address: int, *, write: bool) -> tuple[Content, int]:
         """The content there, and the number of the page in it.
 
-        ABI, Faults: in a hole, and where the window or the content is read-only, SIGSEGV;
-        past the end of a file, SIGBUS.
+        ABI, Faults: in a hole, and where the window or the content is read-only, SIGSEGV.
         """
         position = self.position(address)
         extent = self.region.layout.at(position)
         if not extent or (write and not (self.writable and extent.writable)):
             raise Fault(signal.SIGSEGV)
-        content, number = extent.content, (extent.offset + position - extent.start) // PAGE
-        if content.size is not None and number * PAGE >= content.size:
-            raise Fault(signal.SIGBUS)
-        return content, number
+        content = extent.content
+        return content, content.number(extent.offset + position - extent.start)
 
     def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
         """The page there, the same one for everybody, and whether this may be a fault served.
@@ -289,6 +310,37 @@ class Window:
         if content.size is None and not content.paged_out:
             entries[number] = entries.get(number, False) or write
         return content.page(page), not ready
+
+
+@dataclass(eq=False)
+class Mapping:
+    """A file or other memory, mapped by mmap(2) or shmat(2). ABI, OPEN_MAPPING."""
+
+    address: int
+    size: int
+    content: Content
+    offset: int
+    shared: bool
+    writable: bool
+    may_write: bool
+    """Whether mprotect could make it writable."""
+    may_move: bool
+    """Whether remap_file_pages could move it to any part of the file."""
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+    def find(self, address: int, *, write: bool) -> tuple[Content, int]:
+        """As that of a window."""
+        if write and not self.writable:
+            raise Fault(signal.SIGSEGV)
+        return self.content, self.content.number(self.offset + address - self.address)
+
+    def access(self, address: int, *, write: bool) -> tuple[bytearray, bool]:
+        """As that of a window."""
+        content, number = self.find(address, write=write)
+        return content.page(number), True
 
 
 def populate(window: Window, address: int, size: int, *, write: bool) -> None:

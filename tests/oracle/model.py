@@ -25,6 +25,8 @@ from tests.oracle.memory import (
     DONTUNMAP,
     EXEC,
     FIXED,
+    LOCKED,
+    MAX_SIZE,
     MAYMOVE,
     NOREPLACE,
     NORESERVE,
@@ -40,6 +42,7 @@ from tests.oracle.memory import (
     Content,
     Extent,
     Fault,
+    Mapping,
     Region,
     Source,
     Window,
@@ -85,7 +88,8 @@ class Mount:
     def fork(self, parent: int, child: int) -> None:
         """ABI, Windows: a child has all descriptors, and all windows but those of DONTFORK."""
         old, new = self.processes[parent], self._process(self, self.processes[parent].user)
-        new.descriptors = dict(old.descriptors)
+        new.descriptors, new.others = dict(old.descriptors), list(old.others)
+        new.may_lock = old.may_lock
         for window in old.windows:
             if window.kept["fork"] == "DOFORK":
                 kept = dict(window.kept)
@@ -109,13 +113,13 @@ class Mount:
         """A descriptor goes over a socket. It is all a process needs to attach."""
         self.processes[receiver].descriptors[handle] = self.processes[sender].descriptors[handle]
 
-    def alive(self) -> set[Region]:
+    def alive(self) -> list[Region]:
         """ABI, The file system: a region lives while it has a name, a descriptor or a window."""
-        found = set(self.names.values())
+        found = list(self.names.values())
         for process in self.processes.values():
-            found |= {each.region for each in process.descriptors.values() if each.region}
-            found |= {window.region for window in process.windows}
-        return found
+            found += [each.region for each in process.descriptors.values() if each.region]
+            found += [window.region for window in process.windows]
+        return list(dict.fromkeys(found))
 
     def statfs(self) -> int | None:
         """Bytes that all regions hold in memory, where that is exact."""
@@ -143,28 +147,51 @@ class Process:
         self.user = user
         self.descriptors: dict[int, Descriptor] = {}
         self.windows: list[Window] = []
+        self.others: list[Mapping] = []
+        """Other memory that it has mapped."""
+        self.may_lock = 1 << 62
+        """RLIMIT_MEMLOCK, which holds for all but root."""
 
     # Names, modes and sizes: ABI, The file system; Making a region.
 
     def open(self, handle: int, name: str, flags: int, mode: int) -> None:
         """open(2), with ``TMPFILE`` for a region that has no name yet."""
-        access = flags & os.O_ACCMODE
-        readable, writable = access != os.O_WRONLY, access != os.O_RDONLY
         region = None if name == TMPFILE else self.mount.names.get(name)
-        if name == "mshare_info":
-            refuse_if(writable and not flags & os.O_PATH, errno.EPERM)
-        elif name == TMPFILE:
+        if name == TMPFILE:
             region = Region(mode, self.user, set(), linkable=True)
-        elif not region:
+        elif not region and name != "mshare_info":
             refuse_if(not flags & os.O_CREAT, errno.ENOENT)
             region = self.mount.names[name] = Region(mode, self.user, {name})
-        elif not flags & os.O_PATH:
-            refuse_if(flags & os.O_CREAT and flags & os.O_EXCL, errno.EEXIST)
-            wanted = 4 * readable | 2 * (writable or bool(flags & os.O_TRUNC))
-            refuse_if(not self._may(region, wanted), errno.EACCES)
-            refuse_if(flags & os.O_TRUNC and region.size, errno.EINVAL)
-        path_only = bool(flags & os.O_PATH)
-        self.descriptors[handle] = Descriptor(region, readable, writable, path_only)
+        else:
+            exclusive = flags & os.O_CREAT and flags & os.O_EXCL
+            refuse_if(exclusive and not flags & os.O_PATH, errno.EEXIST)
+            self._check_mode(region, flags)
+        self._opened(handle, region, flags)
+
+    def open_again(self, handle: int, other: int, flags: int) -> None:
+        """open(2) of /proc/self/fd: what a descriptor allows does not matter, the mode does."""
+        refuse_if(other not in self.descriptors, errno.ENOENT)
+        region = self.descriptors[other].region
+        self._check_mode(region, flags)
+        self._opened(handle, region, flags)
+
+    def _check_mode(self, region: Region | None, flags: int) -> None:
+        """Of what is there already. Nobody changes ``mshare_info``."""
+        if flags & os.O_PATH:
+            return
+        access = flags & os.O_ACCMODE
+        writes = access != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if not region:
+            refuse_if(writes, errno.EPERM)
+            return
+        refuse_if(not self._may(region, 4 * (access != os.O_WRONLY) | 2 * writes), errno.EACCES)
+        refuse_if(flags & os.O_TRUNC and region.size, errno.EINVAL)
+
+    def _opened(self, handle: int, region: Region | None, flags: int) -> None:
+        access = flags & os.O_ACCMODE
+        self.descriptors[handle] = Descriptor(
+            region, access != os.O_WRONLY, access != os.O_RDONLY, bool(flags & os.O_PATH)
+        )
 
     def _may(self, region: Region, wanted: int) -> bool:
         shift = 6 if self.user == region.owner else 0
@@ -200,9 +227,10 @@ class Process:
         file.region.set_size(size)
 
     def read(self, handle: int) -> None:
-        """read(2): content is reached by mmap only."""
-        refuse_if(not self._file(handle).readable, errno.EBADF)
-        refuse(errno.EINVAL)
+        """read(2), of no bytes: content is reached by mmap only."""
+        file = self._file(handle)
+        refuse_if(not file.readable, errno.EBADF)
+        refuse_if(file.region, errno.EINVAL)
 
     def write(self, handle: int) -> None:
         """write(2): as read."""
@@ -211,14 +239,11 @@ class Process:
 
     def fstat(self, handle: int) -> tuple[int, int, int, int]:
         """Size, mode, number of names and owner."""
-        region = self._region(handle)
+        refuse_if(handle not in self.descriptors, errno.EBADF)
+        region = self.descriptors[handle].region
+        if not region:
+            return 0, 0o444, 1, 0
         return region.size, region.mode, len(region.names), region.owner
-
-    def _region(self, handle: int) -> Region:
-        found = self.descriptors.get(handle)
-        if found is None or found.region is None:
-            refuse(errno.EBADF)
-        return found.region
 
     def fchmod(self, handle: int, mode: int) -> None:
         """fchmod(2): the owner's, and root's."""
@@ -230,8 +255,10 @@ class Process:
     def link(self, handle: int, name: str) -> None:
         """linkat(2) of a descriptor: one more name, or the first after O_TMPFILE."""
         refuse_if(handle not in self.descriptors, errno.ENOENT)
-        region = self._region(handle)
         refuse_if(name in self.mount.names, errno.EEXIST)
+        region = self.descriptors[handle].region
+        if not region:
+            refuse(errno.EPERM)
         refuse_if(not region.names and not region.linkable, errno.ENOENT)
         region.linkable = False
         region.names.add(name)
@@ -266,6 +293,7 @@ class Process:
         refuse_if(not file.region, errno.ENOTTY)
         refuse_if(not file.writable, errno.EACCES)
         assert file.region
+        refuse_if(file.region.of, errno.EPERM)
         return file.region
 
     @staticmethod
@@ -276,37 +304,61 @@ class Process:
     def create_mapping(
         self, handle: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
     ) -> None:
-        """CREATE_MAPPING: put content into the region, in place of what is there."""
+        """CREATE_MAPPING: put content into the region, in place of what is there.
+
+        With MAP_LOCKED all of it is in memory now, and stays there.
+        """
         region = self._layout(handle)
         region.check_range(at, size)
         self._check_prot(prot)
-        known = SHARED | PRIVATE | FIXED | ANONYMOUS | NORESERVE
+        known = SHARED | PRIVATE | FIXED | ANONYMOUS | NORESERVE | LOCKED
         refuse_if(flags & ~known or flags & 3 != SHARED or not flags & FIXED, errno.EINVAL)
+        writable, locked = bool(prot & WRITE), bool(flags & LOCKED)
         if flags & ANONYMOUS:
             refuse_if(offset, errno.EINVAL)
             refuse_if(size > self.mount.memory and not flags & NORESERVE, errno.ENOMEM)
-            file = Source(Content())
+            file, content = Source(None), Content()
         else:
             refuse_if(offset % PAGE or offset + size >= 1 << 63, errno.EINVAL)
-            refuse_if(source not in self.mount.sources, errno.EBADF)
-            file = self.mount.sources[source]
-            denied = not file.readable or (prot & WRITE and not file.writable)
-            refuse_if(denied, errno.EACCES)
-            refuse_if(not file.content, errno.EOPNOTSUPP)
-            refuse_if(file.sealed and prot & WRITE, errno.EPERM)
-        assert file.content
+            file, content = self._shareable(source, writable)
+        if locked:
+            already = sum(each.layout.locked_bytes(self.user) for each in self.mount.alive())
+            self._check_limit(already + size)
+        refuse_if(file.sealed and writable, errno.EPERM)
+        refuse_if(region.locked is not None and region.locked != locked, errno.EINVAL)
+        region.change(at, size)
         region.layout.remove(at, at + size)
+        refuse_if(locked and content.ends_before(offset + size), errno.ENXIO)
+        region.locked = locked
         may_write = file.writable and not file.sealed
-        writable = bool(prot & WRITE)
-        region.layout.put(Extent(at, at + size, file.content, offset, writable, may_write))
-        region.changed(at, size)
+        payer = self.user if locked else None
+        region.layout.put(Extent(at, at + size, content, offset, writable, may_write, payer))
+
+    def _shareable(self, source: str, writable: bool) -> tuple[Source, Content]:
+        """A file by its descriptor, and that can be shared."""
+        file = self.mount.sources.get(source)
+        if not file:
+            refuse(errno.EBADF)
+        refuse_if(not file.readable or (writable and not file.writable), errno.EACCES)
+        if not file.content:
+            refuse(errno.EOPNOTSUPP)
+        return file, file.content
+
+    def _check_limit(self, size: int) -> None:
+        """RLIMIT_MEMLOCK. Root has CAP_IPC_LOCK, so it has no limit."""
+        refuse_if(self.user and not self.may_lock, errno.EPERM)
+        refuse_if(self.user and size > self.may_lock, errno.ENOMEM)
+
+    def limit_locked(self, size: int) -> None:
+        """setrlimit(2) of RLIMIT_MEMLOCK."""
+        self.may_lock = size
 
     def unmap(self, handle: int, at: int, size: int) -> None:
         """UNMAP: make a hole."""
         region = self._layout(handle)
         region.check_range(at, size)
+        region.change(at, size)
         region.layout.remove(at, at + size)
-        region.changed(at, size)
 
     def protect(self, handle: int, at: int, size: int, prot: int, reserved: int = 0) -> None:
         """PROTECT: forbid or allow writing to a range; on an error what came before is done."""
@@ -314,7 +366,7 @@ class Process:
         refuse_if(reserved, errno.EINVAL)
         region.check_range(at, size)
         self._check_prot(prot)
-        region.changed(at, size)
+        region.change(at, size)
         for part in region.layout.within(at, at + size):
             refuse_if(prot & WRITE and not part.may_write and not part.writable, errno.EACCES)
             if part.writable != bool(prot & WRITE):
@@ -335,14 +387,53 @@ class Process:
             "resident_bytes": (80, region.layout.resident_bytes),
             "mapped_bytes": (88, region.layout.mapped_bytes),
             "mapped_end": (96, region.layout.mapped_end),
+            "locked_bytes": (104, region.layout.locked_bytes()),
         }
-        fields: dict[str, int | None] = {"size": min(room, 128), "flags": 0}
+        fields: dict[str, int | None] = {"size": min(room, 128), "flags": int(bool(region.locked))}
         return fields | {k: v for k, (at, v) in offsets.items() if at + 8 <= room}
 
     def ioctl(self, handle: int, number: int) -> None:
         """A call there is not."""
         self._file(handle)
         refuse(errno.ENOTTY)
+
+    def open_file(self, handle: int, control: int, source: str, access: int) -> None:
+        """OPEN_FILE: the region of a file, by a descriptor of the file."""
+        self._check_request(control, access)
+        writable = access == os.O_RDWR
+        file, content = self._shareable(source, writable)
+        refuse_if(file.sealed and writable, errno.EPERM)
+        self._open_region_of(handle, content, access)
+
+    def open_mapping(
+        self, handle: int, control: int, address: int, access: int, reserved: int = 0
+    ) -> None:
+        """OPEN_MAPPING: the region of a file, by a mapping of it that can reach all of it."""
+        self._check_request(control, access)
+        refuse_if(reserved, errno.EINVAL)
+        refuse_if(self.touched(address, address + 1), errno.EOPNOTSUPP)
+        found = self._mapped(address)
+        if not found:
+            refuse(errno.EFAULT)
+        refuse_if(not found.shared, errno.EINVAL)
+        refuse_if(access == os.O_RDWR and not found.may_write, errno.EACCES)
+        refuse_if(found.offset and not found.may_move, errno.EACCES)
+        self._open_region_of(handle, found.content, access)
+
+    def _check_request(self, control: int, access: int) -> None:
+        refuse_if(self._file(control).region, errno.ENOTTY)
+        refuse_if(access not in (os.O_RDONLY, os.O_RDWR), errno.EINVAL)
+
+    def _open_region_of(self, handle: int, content: Content, access: int) -> None:
+        """The one that is there, or a new one: all of the file, and no name or right to get one."""
+        writable = access == os.O_RDWR
+        of = content, writable
+        region = next((each for each in self.mount.alive() if each.of == of), None)
+        if not region:
+            region = Region(0, self.user, set(), size=MAX_SIZE, locked=False, of=of)
+            region.change(0, MAX_SIZE)
+            region.layout.put(Extent(0, MAX_SIZE, content, 0, writable, may_write=writable))
+        self._opened(handle, region, access)
 
     # Windows: ABI, Windows; Errors, mmap.
 
@@ -446,29 +537,61 @@ class Process:
 
     def mlock(self, address: int, size: int) -> None:
         """mlock(2): brings pages in, and locks none."""
+        self._check_limit(size)
         window = self.window(address)
         try:
             populate(window, address, size, write=False)
         except OSError:
             refuse(errno.ENOMEM)
 
+    # Other memory, which OPEN_MAPPING can be asked about.
+
+    def mmap_other(
+        self, address: int, source: str, size: int, prot: int, flags: int, offset: int
+    ) -> None:
+        """mmap(2) of a file or new memory, or shmat(2) of a new segment that has been removed."""
+        self.munmap_other(address)
+        made = source in ("anonymous", "segment")
+        file = Source(Content(size)) if made else self.mount.sources[source]
+        shared, writable = flags & 3 == SHARED, bool(prot & WRITE)
+        refuse_if(not file.readable, errno.EACCES)
+        refuse_if(shared and writable and not file.writable, errno.EACCES)
+        refuse_if(shared and writable and file.sealed, errno.EPERM)
+        assert file.content
+        may_write = writable if source == "segment" else file.writable and not file.sealed
+        self.others.append(
+            Mapping(address, size, file.content, offset, shared, writable, may_write, file.writable)
+        )
+
+    def munmap_other(self, address: int) -> None:
+        """munmap(2) of it."""
+        self.others = [each for each in self.others if each.address != address]
+
+    def _mapped(self, address: int) -> Mapping | None:
+        found = (each for each in self.others if each.address <= address < each.end)
+        return next(found, None)
+
     # Memory: ABI, Faults.
+
+    def memory(self, address: int) -> Window | Mapping:
+        """What is at an address where something is."""
+        return self._mapped(address) or self.window(address)
 
     def load(self, address: int, size: int) -> tuple[bytes, bool]:
         """Bytes of one page, and whether reading them may be a fault."""
-        page, fault = self.window(address).access(address, write=False)
+        page, fault = self.memory(address).access(address, write=False)
         return bytes(page[address % PAGE :][:size]), fault
 
     def store(self, address: int, data: bytes) -> bool:
         """Write bytes of one page; whether that may be a fault."""
-        page, fault = self.window(address).access(address, write=True)
+        page, fault = self.memory(address).access(address, write=True)
         page[address % PAGE : address % PAGE + len(data)] = data
         return fault
 
     def end_of(self, address: int, write: bool) -> str | None:
         """The signal that a child of fork gets by an access, if it gets one."""
         try:
-            self.window(address).find(address, write=write)
+            self.memory(address).find(address, write=write)
         except Fault as fault:
             return fault.signal.name
         return None

@@ -13,6 +13,7 @@ import fcntl
 import itertools
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from mshare.engines.msharefs import INFO
+from mshare.engines.msharefs import INFO, OPEN_FILE, OPEN_MAPPING
 from mshare.engines.msharefs import info as all_of_info
 from tests.kernel import abi
 from tests.oracle.memory import (
@@ -31,6 +32,7 @@ from tests.oracle.memory import (
     PAGE,
     SLOT,
     TMPFILE,
+    WRITE,
     Closed,
     Fault,
     Readonly,
@@ -45,6 +47,7 @@ ADVICE_NUMBERS = {
     "COLD": 20, "PAGEOUT": 21, "POPULATE_READ": 22, "POPULATE_WRITE": 23, "COLLAPSE": 25,
     "WILLNEED": 3,
 }  # fmt: skip
+SHMGET, SHMAT, SHMCTL, SHM_RDONLY, IPC_RMID = 29, 30, 31, 0o10000, 0
 TABLES_PER_WINDOW = 16 << 10
 """Page-table bytes a process may pay for a window, of whatever size: what lies above a slot."""
 ROOM = 1 << 17
@@ -168,6 +171,9 @@ class Worker:
         flags |= os.O_TMPFILE if name == TMPFILE else 0
         self.fds[handle] = os.open(self._path(name), flags, mode)
 
+    def open_again(self, handle: int, other: int, flags: int) -> None:
+        self.fds[handle] = os.open(f"/proc/self/fd/{self._fd(other)}", flags)
+
     def close(self, handle: int) -> None:
         os.close(self._fd(handle))
         del self.fds[handle]
@@ -179,7 +185,7 @@ class Worker:
         abi.syscall(285, self._fd(handle), mode, offset, size)
 
     def read(self, handle: int) -> None:
-        os.read(self._fd(handle), 1)
+        os.read(self._fd(handle), 0)
 
     def write(self, handle: int) -> None:
         os.write(self._fd(handle), b"x")
@@ -223,12 +229,30 @@ class Worker:
         size, flags = struct.unpack_from("=II", answer)
         names = ("region_size", "alignment", "attachments", "grafts", "ungrafts", "faults",
                  "flushes", "layout_changes", "pagetable_bytes", "resident_bytes",
-                 "mapped_bytes", "mapped_end")  # fmt: skip
-        fields = dict(zip(names, struct.unpack_from("=12Q", answer, 8), strict=True))
+                 "mapped_bytes", "mapped_end", "locked_bytes")  # fmt: skip
+        fields = dict(zip(names, struct.unpack_from("=13Q", answer, 8), strict=True))
         fields["in_place"] = fields["grafts"] - fields["ungrafts"]
         assert not any(answer[max(size, 16) :]), "INFO filled more than its room"
-        assert not any(answer[104:]), "INFO filled what is reserved"
+        assert not any(answer[112:]), "INFO filled what is reserved"
         return {"size": size, "flags": flags, **fields}
+
+    def open_file(self, handle: int, control: int, source: str, access: int) -> None:
+        fd = self.sources.get(source, NONE)
+        self._open_region(handle, control, OPEN_FILE, struct.pack("=II", fd, access))
+
+    def open_mapping(
+        self, handle: int, control: int, address: int, access: int, reserved: int = 0
+    ) -> None:
+        args = struct.pack("=QII", self._at(address), access, reserved)
+        self._open_region(handle, control, OPEN_MAPPING, args)
+
+    def _open_region(self, handle: int, control: int, number: int, args: bytes) -> None:
+        self.fds[handle] = fcntl.ioctl(self._fd(control), number, bytearray(args))
+        assert not os.get_inheritable(self.fds[handle]), "exec does not close it"
+
+    def limit_locked(self, size: int) -> None:
+        most = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, most))
 
     def ioctl(self, handle: int, number: int) -> None:
         fcntl.ioctl(self._fd(handle), number, bytes(64))
@@ -273,6 +297,23 @@ class Worker:
 
     def mlock(self, address: int, size: int) -> None:
         abi.mlock(self._at(address), size)
+
+    def mmap_other(
+        self, address: int, source: str, size: int, prot: int, flags: int, offset: int
+    ) -> None:
+        self.munmap_other(address)
+        if source == "segment":
+            number = abi.syscall(SHMGET, 0, size, 0o600)
+            try:
+                abi.syscall(SHMAT, number, address, 0 if prot & WRITE else SHM_RDONLY)
+            finally:
+                abi.syscall(SHMCTL, number, IPC_RMID, 0)
+            return
+        flags |= abi.FIXED | (abi.ANONYMOUS if source == "anonymous" else 0)
+        abi.mmap(self.sources.get(source, NONE), size, prot, flags, address, offset)
+
+    def munmap_other(self, address: int) -> None:
+        abi.munmap(address, SLOT)
 
     def access(self, direct: bool, watch: int, address: int, what: int | bytes) -> tuple[Any, int]:
         """Load so many bytes or store these; what was loaded, and the faults INFO has counted.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from tests.oracle.library import LibraryProcess
-from tests.oracle.memory import Fault, populate
+from tests.oracle.memory import LOCKED, Content, Fault, populate
 from tests.oracle.model import Process
 
 
@@ -14,7 +14,7 @@ class ProtectsAll(Process):
 
     def protect(self, handle: int, at: int, size: int, prot: int, reserved: int = 0) -> None:
         super().protect(handle, at, size, prot, reserved)
-        region = self._region(handle)
+        region = self._layout(handle)
         super().protect(handle, 0, region.size, prot, reserved)
         region.layout_changes -= 1
 
@@ -25,7 +25,7 @@ class UnmapsNothing(Process):
     def unmap(self, handle: int, at: int, size: int) -> None:
         region = self._layout(handle)
         region.check_range(at, size)
-        region.changed(at, size)
+        region.change(at, size)
 
 
 class HoldsNoRegion(Process):
@@ -42,7 +42,7 @@ class WritesThroughReaders(Process):
     """A read-only window can be written to."""
 
     def store(self, address: int, data: bytes) -> bool:
-        window = self.window(address)
+        window = self.memory(address)
         before, window.writable = window.writable, True
         try:
             return super().store(address, data)
@@ -93,6 +93,58 @@ class TrustsReaders(Process):
         )
 
 
+class MixesKinds(Process):
+    """A region can be locked here and movable there."""
+
+    def create_mapping(
+        self, handle: int, at: int, size: int, offset: int, prot: int, flags: int, source: str
+    ) -> None:
+        file = self.descriptors.get(handle)
+        if file and file.region and file.region.locked is not None:
+            file.region.locked = bool(flags & LOCKED)
+        super().create_mapping(handle, at, size, offset, prot, flags, source)
+
+
+class TakesLocked(Process):
+    """UNMAP takes locked content from who has a window."""
+
+    def unmap(self, handle: int, at: int, size: int) -> None:
+        region = self._layout(handle)
+        before, region.locked = region.locked, False
+        try:
+            super().unmap(handle, at, size)
+        finally:
+            region.locked = before
+
+
+class LocksForFree(Process):
+    """RLIMIT_MEMLOCK does not matter."""
+
+    def _check_limit(self, size: int) -> None:
+        pass
+
+
+class OpensAnew(Process):
+    """Who asks for the region of a file gets one of its own."""
+
+    def _open_region_of(self, handle: int, content: Content, access: int) -> None:
+        for region in self.mount.alive():
+            if region.of:
+                region.of = Content(), region.of[1]
+        super()._open_region_of(handle, content, access)
+
+
+class TrustsMappings(Process):
+    """Any shared mapping gives all of its file, for reading and writing."""
+
+    def open_mapping(
+        self, handle: int, control: int, address: int, access: int, reserved: int = 0
+    ) -> None:
+        for mapping in self.others:
+            mapping.may_write = mapping.may_move = True
+        super().open_mapping(handle, control, address, access, reserved)
+
+
 RAW: tuple[type[Process], ...] = (
     ProtectsAll,
     UnmapsNothing,
@@ -102,6 +154,11 @@ RAW: tuple[type[Process], ...] = (
     PassesEndOfFile,
     MovesParts,
     TrustsReaders,
+    MixesKinds,
+    TakesLocked,
+    LocksForFree,
+    OpensAnew,
+    TrustsMappings,
 )
 
 
