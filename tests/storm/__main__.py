@@ -95,11 +95,11 @@ def _blow(crew: Crew, control: Control, duration: float) -> None:
         print(f"found after {time.monotonic() - start:.1f} s", flush=True)
 
 
-def _close(crew: Crew, control: Control) -> None:
+def _close(crew: Crew, control: Control, hang: float) -> None:
     """Everybody goes; then the content is whole and nothing is attached."""
-    if not crew.end(120):
+    if not crew.end(hang):
         seats = [member.seat for member in crew.members.values()]
-        print(watchdog.report(control, seats, 120), file=sys.stderr, flush=True)
+        print(watchdog.report(control, seats, hang), file=sys.stderr, flush=True)
         control.find(f"processes {seats} do not end")
     if control.finding:
         return
@@ -136,7 +136,7 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
     start = time.monotonic()
     try:
         _blow(crew, control, options.duration)
-        _close(crew, control)
+        _close(crew, control, options.hang)
     finally:
         settings.restore()
         # it ends by itself after a report
