@@ -115,7 +115,7 @@ def test_remote_touch_charges_the_owner(region: int) -> None:
 
 def test_what_goes_while_it_is_touched_is_paid_too(path: str) -> None:
     """Holes made in the middle of faults do not let a page be charged to nobody."""
-    pages = 400
+    pages = 100
     file = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
     os.ftruncate(file, pages * PAGE)
     fd = abi.make(path, fill=False)
