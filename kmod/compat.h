@@ -13,7 +13,6 @@
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/rmap.h>
-#include <linux/sched/coredump.h>
 #include <linux/userfaultfd_k.h>
 #include <linux/version.h>
 
@@ -173,25 +172,15 @@ static inline bool mshare_userfaultfd_keeps_out(void)
  * 6.5: page-table walkers that hold only the guest's lock survive the collapse
  * of the host's PTE pages into a huge page, because those are freed by RCU.
  * Before, nothing protects such a walker, so the collapse must not happen:
- * khugepaged leaves a mapping alone that has an anon_vma, and does not scan an
- * mm that it believes to have on its list already. The dummy is never locked
+ * khugepaged leaves a mapping alone that has an anon_vma. The dummy is never locked
  * nor walked, because the mapping's anon_vma_chain stays empty.
  */
 #if MSHARE_SINCE(6, 5)
-static inline void mshare_forbid_scan(struct mm_struct *mm)
-{
-}
-
 static inline void mshare_forbid_collapse(struct vm_area_struct *vma, bool forbid)
 {
 }
 #else
 extern struct anon_vma mshare_no_collapse;
-
-static inline void mshare_forbid_scan(struct mm_struct *mm)
-{
-	set_bit(MMF_VM_HUGEPAGE, &mm->flags);
-}
 
 static inline void mshare_forbid_collapse(struct vm_area_struct *vma, bool forbid)
 {

@@ -30,7 +30,7 @@ static bool may_unlock(const struct vm_fault *vmf)
  * Where it does not, the change can still need this lock: for another window of the
  * mm, when this one was born frozen, or, with two regions changed at once, through
  * two such callers. In the first case it loses patience. The limit is for the
- * second, and above MOST_PATIENCE.
+ * second, and for a change that takes long; it is above MOST_PATIENCE.
  */
 static vm_fault_t wait_for_thaw(struct vm_fault *vmf)
 {
@@ -75,6 +75,7 @@ static vm_fault_t forward(struct vm_fault *vmf, unsigned long host)
 	struct mm_struct *mm = win->region->mm;
 	unsigned long i = (host - win->host) >> SLOT_SHIFT;
 	struct vm_area_struct *vma;
+	struct page *page;
 	vm_fault_t ret;
 	pud_t *pudp;
 
@@ -93,8 +94,11 @@ static vm_fault_t forward(struct vm_fault *vmf, unsigned long host)
 		mmap_read_unlock(mm);
 		return VM_FAULT_SIGSEGV;
 	}
-	ret = mshare_shmem_charge(vma, host, vmf->vma->vm_mm, vmf->flags & FAULT_FLAG_WRITE) ?:
-	      host_fault(vma, host, vmf->flags);
+	ret = mshare_shmem_charge(vma, host, vmf->vma->vm_mm, vmf->flags & FAULT_FLAG_WRITE, &page);
+	if (!(ret & VM_FAULT_ERROR))
+		ret |= host_fault(vma, host, vmf->flags);
+	if (page)
+		put_page(page);
 	if (ret & VM_FAULT_RETRY) {
 		if (may_unlock(vmf))
 			mshare_fault_unlock(vmf);

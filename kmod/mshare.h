@@ -208,7 +208,7 @@ struct file *mshare_shmem_file(struct mshare_region *r, unsigned long size, unsi
 bool mshare_shmem_owned(struct mshare_region *r, struct file *file);
 void mshare_shmem_adopt(struct mm_struct *mm, unsigned long addr, unsigned long size);
 vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
-			       struct mm_struct *guest, bool write);
+			       struct mm_struct *guest, bool write, struct page **page);
 
 /* source.c */
 long mshare_open_file(struct file *control, void __user *arg);

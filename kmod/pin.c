@@ -96,11 +96,15 @@ static int charge(struct mshare_region *r, unsigned long addr, unsigned long pag
 {
 	struct vm_area_struct *vma;
 	vm_fault_t ret = 0;
+	struct page *page;
 
 	mmap_read_lock(r->mm);
 	vma = find_vma(r->mm, addr);
-	for (; pages && !(ret & VM_FAULT_ERROR); pages--, addr += PAGE_SIZE)
-		ret = mshare_shmem_charge(vma, addr, payer, false);
+	for (; pages && !(ret & VM_FAULT_ERROR); pages--, addr += PAGE_SIZE) {
+		ret = mshare_shmem_charge(vma, addr, payer, false, &page);
+		if (page)
+			put_page(page);
+	}
 	mmap_read_unlock(r->mm);
 	return ret & VM_FAULT_ERROR ? vm_fault_to_errno(ret, 0) : 0;
 }

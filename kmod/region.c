@@ -17,6 +17,7 @@
 #include <linux/memcontrol.h>
 #include <linux/mman.h>
 #include <linux/mutex.h>
+#include <linux/sched/coredump.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/workqueue.h>
@@ -133,7 +134,8 @@ struct mm_struct *mshare_host_mm(void)
 	mm->task_size = TASK_SIZE_MAX;
 	mm->mmap_base = MSHARE_RW;
 	mshare_init_search(mm);
-	mshare_forbid_scan(mm);
+	/* on khugepaged's list already, it must believe: what it collapses, the mm pays for */
+	set_bit(MMF_VM_HUGEPAGE, &mm->flags);
 	return mm;
 }
 

@@ -34,8 +34,8 @@ static struct page *find(struct address_space *mapping, pgoff_t index, bool lock
 }
 
 /*
- * What was fetched may be gone again, by a hole or by reclaim. A guest comes back
- * and has it fetched again; for a pin, which would not, that is for the caller.
+ * What was fetched may be gone again, by a hole in the file. A guest comes back and
+ * has it fetched again; for a pin, which would not, that is for the caller.
  */
 static vm_fault_t fault_present(struct vm_fault *vmf)
 {
@@ -54,6 +54,10 @@ static vm_fault_t fault_present(struct vm_fault *vmf)
 	return VM_FAULT_LOCKED;
 }
 
+/*
+ * By these the kernel does not know a mapping of a file without a name: of large
+ * pages only those of PMD size are then mapped at once.
+ */
 static const struct vm_operations_struct host_ops = {
 	.fault = fault_present,
 	.map_pages = filemap_map_pages,
@@ -81,7 +85,7 @@ void mshare_shmem_adopt(struct mm_struct *mm, unsigned long addr, unsigned long 
  * the one held.
  */
 static vm_fault_t fetch(struct vm_area_struct *host, unsigned long addr, struct mm_struct *guest,
-			bool write)
+			bool write, struct page **page)
 {
 	struct vm_area_struct vma = *host;
 	struct vm_fault vmf = {
@@ -97,28 +101,25 @@ static vm_fault_t fetch(struct vm_area_struct *host, unsigned long addr, struct 
 	vma.vm_mm = guest;
 	vma.vm_ops = host->vm_private_data;
 	ret = vma.vm_ops->fault(&vmf);
-	if (ret & VM_FAULT_ERROR)
-		return ret & VM_FAULT_ERROR;
 	if (ret & VM_FAULT_LOCKED) {
 		unlock_page(vmf.page);
-		put_page(vmf.page);
+		*page = vmf.page;
 	}
-	return 0;
+	return ret & (VM_FAULT_ERROR | VM_FAULT_MAJOR);
 }
 
-/* Returns VM_FAULT_ERROR bits only. */
+/*
+ * Returns VM_FAULT_ERROR and VM_FAULT_MAJOR bits only. The page, or NULL, comes with a
+ * reference, by which reclaim leaves it alone until it is mapped.
+ */
 vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,
-			       struct mm_struct *guest, bool write)
+			       struct mm_struct *guest, bool write, struct page **page)
 {
-	struct page *page;
-
+	*page = NULL;
 	if (!is_shmem(host->vm_file))
 		return 0;
-	page = find(host->vm_file->f_mapping, linear_page_index(host, addr), false);
-	if (!page)
-		return fetch(host, addr, guest, write);
-	put_page(page);
-	return 0;
+	*page = find(host->vm_file->f_mapping, linear_page_index(host, addr), false);
+	return *page ? 0 : fetch(host, addr, guest, write, page);
 }
 
 /* A file of the region's own: nobody else can open it, so private_data is ours to mark it. */

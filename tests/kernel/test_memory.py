@@ -17,7 +17,7 @@ import pytest
 from mshare.engines.msharefs import info
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, SLOT
-from tests.kernel.test_races import meanwhile
+from tests.kernel.test_races import collapsing, meanwhile
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -151,6 +151,31 @@ def test_what_goes_while_it_is_touched_is_paid_too(path: str) -> None:
         child.kill()
         assert payers == {os.stat(group).st_ino: pages}
     abi.munmap(address, pages * PAGE)
+    os.close(fd)
+    os.close(file)
+
+
+def test_what_khugepaged_finds_stays_paid(path: str) -> None:
+    """It does not put huge pages that nobody pays for in the place of small ones."""
+    size = 16 * MIB
+    file = os.memfd_create("content")
+    os.ftruncate(file, size)
+    fd = abi.make(path, fill=False)
+
+    def stay() -> None:
+        abi.fill(abi.mmap(fd), size)
+        abi.forever()
+
+    with collapsing() as settings, abi.cgroup("fills") as group:
+        # it gets to know a mapping when that is made; what is touched now is small
+        abi.create_mapping(fd, size=size, flags=abi.SHARED | abi.FIXED, fd=file)
+        (settings / "shmem_enabled").write_text("never")
+        child = abi.within(group, stay)
+        assert abi.settle(lambda: size - abi.current(group), 0) <= 0
+        (settings / "shmem_enabled").write_text("always")
+        lost = abi.settle(lambda: abi.current(group) - size // 2, 0, seconds=15) < 0
+        child.kill()
+    assert not lost
     os.close(fd)
     os.close(file)
 

@@ -398,8 +398,9 @@ def test_compaction(window: int) -> None:
         for_a_while(lambda: Path("/proc/sys/vm/compact_memory").write_text("1"))
 
 
-def test_collapse(region: int, window: int) -> None:
-    """khugepaged at full speed finds the content of regions and of other mappings."""
+@contextmanager
+def collapsing() -> Iterator[Path]:
+    """khugepaged at full speed, over shared memory too; the folder with its settings."""
     base = Path("/sys/kernel/mm/transparent_hugepage")
     wanted = {"khugepaged/scan_sleep_millisecs": "0", "khugepaged/alloc_sleep_millisecs": "0"}
     wanted |= {"shmem_enabled": "always", "enabled": "always"}
@@ -407,12 +408,17 @@ def test_collapse(region: int, window: int) -> None:
     for name, value in wanted.items():
         (base / name).write_text(value)
     try:
-        with meanwhile(lambda: whole(window)):
-            for_a_while(lambda: abi.Child(whole, window).result())
+        yield base
     finally:
         for name, value in before.items():
             chosen = value.split("[")[-1].split("]")[0] if "[" in value else value
             (base / name).write_text(chosen)
+
+
+def test_collapse(region: int, window: int) -> None:
+    """khugepaged at full speed finds the content of regions and of other mappings."""
+    with collapsing(), meanwhile(lambda: whole(window)):
+        for_a_while(lambda: abi.Child(whole, window).result())
 
 
 def test_two_regions_changed_at_once(region: int, window: int, path: str) -> None:

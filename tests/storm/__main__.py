@@ -130,6 +130,8 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
     environment = {"STORM_CGROUP": str(disturb.WORKERS)}
     command: list[str | Path] = [worker, "setup", control.path, "0", "0", ""]
     subprocess.run(command, check=True, env=environment)
+    # too little memory is for the workers: who watches them stays
+    Path("/proc/self/oom_score_adj").write_text("-1000")
     settings = disturb.Settings(chosen.disturbances, options.hang)
     dog = watchdog.watch(control, options.hang)
     crew = Crew(worker, control, chosen, options.seed, options.processes, _hog_mib())

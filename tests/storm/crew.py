@@ -87,9 +87,9 @@ class Crew:
         self.members[pid] = Member(
             seat, role, time.monotonic() + rng.uniform(0.02, 6) if kills else float("inf")
         )
-        if role in ("hog", "greedy", "crowd"):
-            with suppress(OSError):
-                Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+        with suppress(OSError):
+            first = role in ("hog", "greedy", "crowd")
+            Path(f"/proc/{pid}/oom_score_adj").write_text("1000" if first else "0")
         self.lives += role == "work"
         return pid
 
