@@ -7,7 +7,7 @@ import time
 
 from tests.security.run_fuzz import fuzz
 
-CALLS = int(os.environ.get("MSHARE_FUZZ_CALLS", "20000"))
+CALLS = int(os.environ.get("MSHARE_FUZZ_CALLS", "8000"))
 
 
 def test_random_calls() -> None:
