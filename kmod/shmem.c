@@ -8,7 +8,8 @@
  * fault takes what is there and never asks tmpfs for a page.
  *
  * Locks: in faults the guest's and the host's mmap_lock are held for read, and
- * the page's lock is taken.
+ * the page's lock is taken. Adopting takes the host's mmap_lock for write, under
+ * region->layout.
  */
 #include <linux/magic.h>
 #include <linux/pagemap.h>
@@ -56,7 +57,8 @@ static vm_fault_t fault_present(struct vm_fault *vmf)
 
 /*
  * By these the kernel does not know a mapping of a file without a name: of large
- * pages only those of PMD size are then mapped at once.
+ * pages only those of PMD size are then mapped at once. They are the module's, as
+ * no mapping of the host mm outlives the region: nobody else is a user of the mm.
  */
 static const struct vm_operations_struct host_ops = {
 	.fault = fault_present,

@@ -65,6 +65,7 @@ HOLDS = [
     Scenario(SHARE, "ONE_CPU ONE_GUEST WITH_LAYOUT WITH_REMOTE", slow=True),
     Scenario(SHARE, "ONE_CPU ONE_GUEST WITH_LAYOUT WITH_MREMAP"),
     Scenario(SHARE, "ONE_CPU WITH_ADVICE WITH_WALKER WITH_UNMAP"),
+    # not in place of those before: with the timer, a deadlock comes to an end
     Scenario(SHARE, "WITH_LAYOUT WITH_PATIENCE", slow=True),
     Scenario(SHARE, "ONE_CPU WITH_LAYOUT WITH_PATIENCE"),
     Scenario(SHARE, "ONE_CPU WITH_LAYOUT WITH_PATIENCE WITH_ATTACH", slow=True),
