@@ -235,10 +235,12 @@ def test_fork_of_who_is_to_stop(region: int, window: int) -> None:
 
     with abi.cgroup("freezes") as folder:
         child = abi.within(folder, fork_often)
+        pause = 0.01
         while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             for state in "1", "0":
                 Path(folder, "cgroup.freeze").write_text(state)
-                time.sleep(random.uniform(0, 0.01))
+                time.sleep(random.uniform(0, pause))
+            pause *= 1.02  # an interrupted fork begins anew: it needs a pause as long as it is
         child.result()
 
 

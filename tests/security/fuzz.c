@@ -51,6 +51,7 @@ enum { ERRNOS = 134, MAX_KINDS = 64 };
 static struct shared {
 	_Atomic unsigned int count[MAX_KINDS][ERRNOS];
 	_Atomic unsigned long nanoseconds[MAX_KINDS];
+	_Atomic unsigned long longest[MAX_KINDS];
 	_Atomic unsigned long calls;
 	_Atomic int pids[WORKERS];
 } *shared;
@@ -728,10 +729,13 @@ static void *calls(void *number)
 	state = (seed * 1000003 + round_number) * 1000003 + (uintptr_t)number;
 	next_fd = FDS;
 	for (int i = 0; i < BATCH; i++) {
-		uint64_t start = now();
+		uint64_t start = now(), took;
 		int at = any_number(), err = kinds[at].fn();
 
-		shared->nanoseconds[at] += now() - start;
+		took = now() - start;
+		shared->nanoseconds[at] += took;
+		if (took > shared->longest[at])
+			shared->longest[at] = took;
 		shared->count[at][err < ERRNOS ? err : 0]++;
 		shared->calls++;
 	}
@@ -823,7 +827,8 @@ static void report(void)
 
 		for (int err = 0; err < ERRNOS; err++)
 			total += shared->count[i][err];
-		printf("%-20s %7u in %5.1f s:", kinds[i].name, total, shared->nanoseconds[i] / 1e9);
+		printf("%-20s %7u in %5.1f s, one in %4.1f s:", kinds[i].name, total,
+		       shared->nanoseconds[i] / 1e9, shared->longest[i] / 1e9);
 		for (int err = 0; err < ERRNOS; err++)
 			if (shared->count[i][err])
 				printf(" %s %u", err ? strerrorname_np(err) : "ok",
