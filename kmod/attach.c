@@ -148,10 +148,15 @@ static int window_mprotect(struct vm_area_struct *vma, unsigned long start, unsi
 	return -EINVAL;
 }
 
-/* No policy: the NUMA scanner changes entries only where there is one. */
+/*
+ * A policy of its own, which does not say that pages follow their users: without one
+ * the NUMA scanner goes by the task's, and has the window taken apart to look at it.
+ */
 static struct mempolicy *window_policy(MSHARE_POLICY_ARGS)
 {
-	return NULL;
+	static struct mempolicy local = { .refcnt = ATOMIC_INIT(1), .mode = MPOL_LOCAL };
+
+	return &local;
 }
 
 /* May come under the VMA's lock alone, which the host's fault cannot do with. */

@@ -111,7 +111,8 @@ static vm_fault_t forward(struct vm_fault *vmf, unsigned long host)
 		return VM_FAULT_NOPAGE | (ret & VM_FAULT_MAJOR);
 	if (!(ret & VM_FAULT_ERROR)) {
 		pudp = mshare_pudp(mm, host);
-		mshare_graft(win, i, READ_ONCE(*pudp));
+		if (mshare_graft(win, i, READ_ONCE(*pudp)))
+			mshare_flush_guest(vmf->vma->vm_mm);
 		ret = VM_FAULT_NOPAGE | (ret & VM_FAULT_MAJOR);
 	}
 	mmap_read_unlock(mm);

@@ -18,14 +18,10 @@
 #define MSHAREFS_MAGIC	0x6d736872	/* "mshr" */
 
 static const struct inode_operations file_iops, dir_iops;
-static int sync_data(struct mshare_region *r, struct file *file, loff_t pos, loff_t len)
-{
-	return vfs_fsync_range(file, pos, pos + len - 1, true);
-}
 
-static int sync_all(struct mshare_region *r, struct file *file, loff_t pos, loff_t len)
+static int sync_part(struct file *file, loff_t pos, loff_t len, void *datasync)
 {
-	return vfs_fsync_range(file, pos, pos + len - 1, false);
+	return vfs_fsync_range(file, pos, pos + len - 1, *(int *)datasync);
 }
 
 /* fsync and msync: what is written is the mapped files'. */
@@ -37,8 +33,7 @@ static int ms_fsync(struct file *file, loff_t start, loff_t end, int datasync)
 	end = min(end, size - 1);
 	if (start > end)
 		return 0;
-	return mshare_each_file(r, MSHARE_RW + start, end - start + 1,
-				datasync ? sync_data : sync_all);
+	return mshare_each_file(r, MSHARE_RW + start, end - start + 1, sync_part, &datasync);
 }
 
 static const struct file_operations file_fops;

@@ -71,39 +71,41 @@ void mshare_flush_all(void)
 	on_each_cpu(flush_cpu, NULL, true);
 }
 
-/* Caller holds the host's mmap_lock, and the guest's for read at least. */
-int mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
+/*
+ * Caller holds the host's mmap_lock, and the guest's for read at least. Returns true
+ * when a flush of the guest must follow: a processor may keep the entry of the empty
+ * table that was there.
+ */
+bool mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 {
 	unsigned long addr = win->start + (i << SLOT_SHIFT);
 	struct mm_struct *mm = mshare_mm(win);
 	struct mshare_slot *slot = &win->slot[i];
-	int err = 0;
+	bool changed = false;
 
 	if (mshare_planted(UNLOCKED) && slot->state == SLOT_HOST)
-		return 0;
+		return false;
 	spin_lock(&win->guest->lock);
 	/* a thaw ends frozen under the region's lock, not this one */
-	if (win->guest->dead || win->closing || READ_ONCE(win->frozen) || win->invalidating) {
-		err = -EAGAIN;
-	} else if (slot->state != SLOT_HOST) {
-		/* looked up here: once closing is seen the tables may be freed */
-		slot->pudp = mshare_pudp(mm, addr);
-		if (!slot->pudp) {
-			err = -EAGAIN;
-			goto out;
-		}
-		spin_lock(&mm->page_table_lock);
-		if (slot->state == SLOT_OWN)
-			slot->parked = READ_ONCE(*slot->pudp);
-		set_pud(slot->pudp, host);
-		spin_unlock(&mm->page_table_lock);
-		slot->state = SLOT_HOST;
-		atomic64_inc(&win->region->grafts);
-		trace_mshare_graft(win->region, addr, win->host + (i << SLOT_SHIFT));
-	}
+	if (win->guest->dead || win->closing || READ_ONCE(win->frozen) || win->invalidating ||
+	    slot->state == SLOT_HOST)
+		goto out;
+	/* looked up here: once closing is seen the tables may be freed */
+	slot->pudp = mshare_pudp(mm, addr);
+	if (!slot->pudp)
+		goto out;
+	spin_lock(&mm->page_table_lock);
+	changed = !pud_none(*slot->pudp);
+	if (slot->state == SLOT_OWN)
+		slot->parked = READ_ONCE(*slot->pudp);
+	set_pud(slot->pudp, host);
+	spin_unlock(&mm->page_table_lock);
+	slot->state = SLOT_HOST;
+	atomic64_inc(&win->region->grafts);
+	trace_mshare_graft(win->region, addr, win->host + (i << SLOT_SHIFT));
 out:
 	spin_unlock(&win->guest->lock);
-	return err;
+	return changed;
 }
 
 /* Once, for a fault may be filling it. */
@@ -115,7 +117,7 @@ static pud_t read_pud(struct mm_struct *mm, unsigned long addr)
 }
 
 /* One pass over the slots; true when one has content but no PMD page in the host. */
-static bool graft_pass(struct mshare_window *win, bool make)
+static bool graft_pass(struct mshare_window *win, bool make, bool *changed)
 {
 	struct mm_struct *mm = win->region->mm;
 	unsigned long i, addr, last;
@@ -133,7 +135,7 @@ static bool graft_pass(struct mshare_window *win, bool make)
 		if (make && pud_none(pud) && !mshare_make_tables(mm, last))
 			pud = read_pud(mm, addr);
 		if (!pud_none(pud))
-			mshare_graft(win, i, pud);
+			*changed |= mshare_graft(win, i, pud);
 		else
 			missing = true;
 		cond_resched();
@@ -149,19 +151,21 @@ static bool graft_pass(struct mshare_window *win, bool make)
 void mshare_graft_all(struct mshare_window *win)
 {
 	struct mm_struct *mm = win->region->mm;
-	bool missing;
+	bool missing, changed = false;
 
 	if (READ_ONCE(win->frozen))
 		return;
 	if (mmap_read_lock_killable(mm))
 		return;
-	missing = graft_pass(win, false);
+	missing = graft_pass(win, false, &changed);
 	mmap_read_unlock(mm);
 	/* for write: a fault that puts a huge page there meanwhile must be kept out */
-	if (!missing || mmap_write_lock_killable(mm))
-		return;
-	graft_pass(win, true);
-	mmap_write_unlock(mm);
+	if (missing && !mmap_write_lock_killable(mm)) {
+		graft_pass(win, true, &changed);
+		mmap_write_unlock(mm);
+	}
+	if (changed)
+		mshare_flush_guest(mshare_mm(win));
 }
 
 /*

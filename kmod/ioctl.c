@@ -77,6 +77,8 @@ static long create_mapping(struct mshare_region *r, void __user *arg)
 	if (req.flags & MAP_ANONYMOUS)
 		return req.offset ? -EINVAL : mshare_layout_map(r, NULL, &req);
 
+	if (req.flags & MAP_LOCKED)
+		return -EOPNOTSUPP;	/* others could take pages out of the file */
 	if (!PAGE_ALIGNED(req.offset) || check_add_overflow(req.offset, req.size, &end) ||
 	    end > MAX_LFS_FILESIZE)
 		return -EINVAL;

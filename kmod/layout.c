@@ -21,6 +21,7 @@
 #include <linux/pagemap.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/slab.h>
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
@@ -107,6 +108,27 @@ void mshare_lose_patience(struct work_struct *work)
 	release(container_of(to_delayed_work(work), struct mshare_region, patience));
 }
 
+static int graft_again(struct mshare_window *win)
+{
+	struct mm_struct *mm = mshare_mm(win);
+	int err;
+
+	/*
+	 * The host's lock may take long to get. Meanwhile the guest must not begin to
+	 * exit: its release, which needs this lock, would hold up those of all others.
+	 */
+	if (!mmget_not_zero(mm))
+		return 0;
+	err = mmap_read_lock_killable(mm);
+	if (!err) {
+		if (win->vma)
+			mshare_graft_all(win);
+		mmap_read_unlock(mm);
+	}
+	mmput_async(mm);
+	return err;
+}
+
 static void thaw(struct mshare_region *r)
 {
 	struct mshare_window *win;
@@ -115,12 +137,7 @@ static void thaw(struct mshare_region *r)
 	release(r);
 	/* when killed, the first fault of each slot does the rest */
 	while (!err && (win = next_window(r))) {
-		err = mmap_read_lock_killable(mshare_mm(win));
-		if (!err) {
-			if (win->vma)
-				mshare_graft_all(win);
-			mmap_read_unlock(mshare_mm(win));
-		}
+		err = graft_again(win);
 		mshare_window_put(win);
 	}
 }
@@ -168,13 +185,20 @@ static int freeze(struct mshare_region *r)
 	return 0;
 }
 
-/* Freeze, run fn in the host mm, thaw. Caller holds region->layout. */
-static int change(struct mshare_region *r, unsigned int op,
+/*
+ * Freeze, run fn in the host mm, thaw. Caller holds region->layout. What is refused
+ * with nobody frozen costs nobody anything, and notify is for good.
+ */
+static int change(struct mshare_region *r, unsigned int op, bool notify,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size)
 {
-	int err = freeze(r);
+	int err = mshare_keeps(r, offset, size) ? -EBUSY : 0;
 
+	if (!err && notify)
+		WRITE_ONCE(r->write_notify, true);
+	err = err ?: freeze(r);
 	if (!err) {
+		/* again: now no window can appear and hand on a page */
 		if (mshare_keeps(r, offset, size)) {
 			err = -EBUSY;
 		} else {
@@ -187,14 +211,14 @@ static int change(struct mshare_region *r, unsigned int op,
 	return err;
 }
 
-int mshare_layout(struct mshare_region *r, unsigned int op,
+int mshare_layout(struct mshare_region *r, unsigned int op, bool notify,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size)
 {
 	int err = mutex_lock_killable(&r->layout);
 
 	if (err)
 		return err;
-	err = change(r, op, fn, arg, offset, size);
+	err = change(r, op, notify, fn, arg, offset, size);
 	mutex_unlock(&r->layout);
 	return err;
 }
@@ -220,6 +244,8 @@ struct map_args {
 	unsigned long offset;		/* in the file */
 	bool write_notify;
 	struct mshare_pinning *pinning;	/* NULL: pages may move */
+	struct list_head parts;		/* what was there */
+	bool taken_out;			/* and whether it has gone */
 };
 
 static int map_at(struct map_args *args, unsigned long view, unsigned long prot)
@@ -232,7 +258,7 @@ static int map_at(struct map_args *args, unsigned long view, unsigned long prot)
  * Try the mapping in an mm that goes at once, whatever comes of it, and look at
  * what the file system made of it.
  */
-static int try_map(struct mshare_region *r, void *data)
+static int try_map(struct mshare_region *unused, void *data)
 {
 	struct map_args *args = data;
 	struct mm_struct *mm = mshare_host_mm();
@@ -261,18 +287,51 @@ static int try_map(struct mshare_region *r, void *data)
 	return err;
 }
 
-/*
- * Give back the memory of the region's own files in a range about to go. Other
- * parts of the same file may stay mapped, so the last fput is not enough.
- */
-static int free_piece(struct mshare_region *r, struct file *file, loff_t pos, loff_t len)
+/* On behalf of the caller, who then maps what is the same file in a region already. */
+int mshare_layout_try(struct file *file, const struct mshare_create *req)
 {
-	if (!mshare_shmem_owned(r, file))
-		return 0;
-	return vfs_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pos, len);
+	struct map_args args = { .req = req, .file = file, .offset = req->offset };
+
+	return mshare_host_run(NULL, NULL, try_map, &args);
 }
 
-/* What has begun is finished: it is charged to nobody, so no limit is in its way. */
+/* A part of a file that a change takes out of the region. */
+struct part {
+	struct list_head list;
+	struct file *file;
+	loff_t pos, len;
+};
+
+static int remember(struct file *file, loff_t pos, loff_t len, void *parts)
+{
+	struct part *part = kmalloc(sizeof(*part), GFP_KERNEL_ACCOUNT);
+
+	if (!part)
+		return -ENOMEM;
+	*part = (struct part) { .file = get_file(file), .pos = pos, .len = len };
+	list_add_tail(&part->list, parts);
+	return 0;
+}
+
+/*
+ * Give back the memory of the region's own files, of which nothing is mapped there any
+ * more. Other parts of the same file may be, so the last fput is not enough. Nobody
+ * waits for it: it comes after the thaw.
+ */
+static void let_go(struct mshare_region *r, struct list_head *parts, bool taken_out)
+{
+	struct part *part, *next;
+
+	list_for_each_entry_safe(part, next, parts, list) {
+		if (taken_out && mshare_shmem_owned(r, part->file))
+			vfs_fallocate(part->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				      part->pos, part->len);
+		fput(part->file);
+		kfree(part);
+	}
+}
+
+/* What has begun is finished: it is charged to nobody, so no limit of a group is in its way. */
 static int finish_unmap(unsigned long addr, unsigned long size)
 {
 	struct mem_cgroup *old = set_active_memcg(NULL);
@@ -283,34 +342,53 @@ static int finish_unmap(unsigned long addr, unsigned long size)
 }
 
 /*
- * The kernel replaces a range as a whole, leaves it as it was, or leaves a hole.
- * The writable view goes first; the read-only one then still knows what was there.
+ * Both views or none. The read-only one goes last, and until it has gone all that was
+ * there stays, and stays pinned.
  */
+static int unmap_views(struct mshare_region *r, u64 offset, u64 size)
+{
+	int err = finish_unmap(MSHARE_RW + offset, size);
+
+	if (err)
+		/* new content that is not pinned: no guest may rely on it */
+		WRITE_ONCE(r->kind, MSHARE_MOVABLE);
+	return err ?: finish_unmap(MSHARE_RO + offset, size);
+}
+
+/* The kernel replaces a range as a whole, leaves it as it was, or leaves a hole. */
+static int map_views(struct mshare_region *r, struct map_args *args)
+{
+	unsigned long rw = MSHARE_RW + args->req->region_offset;
+	int err = map_at(args, MSHARE_RW, args->req->prot);
+	bool kept;
+
+	mmap_read_lock(r->mm);
+	kept = err && find_vma_intersection(r->mm, rw, rw + args->req->size);
+	mmap_read_unlock(r->mm);
+	if (kept)
+		return err;
+	err = err ?: map_at(args, MSHARE_RO, PROT_READ);
+	args->taken_out = !err || !unmap_views(r, args->req->region_offset, args->req->size);
+	if (args->taken_out)
+		mshare_unpin(r, args->req->region_offset, args->req->size);
+	return err;
+}
+
 static int do_map(struct mshare_region *r, void *data)
 {
 	struct map_args *args = data;
-	unsigned long rw = MSHARE_RW + args->req->region_offset;
-	unsigned long ro = MSHARE_RO + args->req->region_offset;
-	unsigned long size = args->req->size;
-	bool kept;
-	int err;
+	u64 offset = args->req->region_offset, size = args->req->size;
+	int err = mshare_each_file(r, MSHARE_RO + offset, size, remember, &args->parts);
 
+	if (err)
+		return err;
 	mshare_settle(r, false);
-	err = map_at(args, MSHARE_RW, args->req->prot);
-	mmap_read_lock(r->mm);
-	kept = err && find_vma_intersection(r->mm, rw, rw + size);
-	mmap_read_unlock(r->mm);
-	if (!kept) {
-		mshare_unpin(r, args->req->region_offset, size);
-		mshare_each_file(r, ro, size, free_piece);
-		err = err ?: map_at(args, MSHARE_RO, PROT_READ);
-		if (!err && args->pinning)
-			err = mshare_pin(r, args->pinning, args->req->region_offset, size);
+	err = map_views(r, args);
+	if (!err && args->pinning) {
+		err = mshare_pin(r, args->pinning, offset, size);
 		if (err) {
-			/* both views or none */
-			mshare_unpin(r, args->req->region_offset, size);
-			finish_unmap(rw, size);
-			finish_unmap(ro, size);
+			mshare_unpin(r, offset, size);
+			unmap_views(r, offset, size);
 		}
 	}
 	mshare_settle(r, true);
@@ -325,10 +403,15 @@ static int map_tried(struct mshare_region *r, struct map_args *args)
 
 	if (r->kind != MSHARE_EMPTY && r->kind != kind)
 		return -EINVAL;
-	if (args->write_notify)
-		WRITE_ONCE(r->write_notify, true);
-	err = change(r, MSHAREFS_CREATE_MAPPING, do_map, args, args->req->region_offset,
-		     args->req->size);
+	if (args->pinning) {
+		if (mshare_keeps(r, args->req->region_offset, args->req->size))
+			return -EBUSY;
+		err = mshare_shmem_fill(args->file, args->offset, args->req->size);
+		if (err)
+			return err;
+	}
+	err = change(r, MSHAREFS_CREATE_MAPPING, args->write_notify, do_map, args,
+		     args->req->region_offset, args->req->size);
 	if (!err)
 		WRITE_ONCE(r->kind, kind);
 	return err;
@@ -337,7 +420,10 @@ static int map_tried(struct mshare_region *r, struct map_args *args)
 /* Caller has checked the request. */
 int mshare_layout_map(struct mshare_region *r, struct file *file, const struct mshare_create *req)
 {
-	struct map_args args = { .req = req, .file = file, .offset = req->offset };
+	struct map_args args = {
+		.req = req, .file = file, .offset = req->offset,
+		.parts = LIST_HEAD_INIT(args.parts),
+	};
 	struct mshare_pinning pinning;
 	int err;
 
@@ -354,14 +440,14 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 		if (err)
 			goto out;
 		args.pinning = &pinning;
-		if (req->flags & MAP_ANONYMOUS)
-			mapping_set_unevictable(args.file->f_mapping);
+		mapping_set_unevictable(args.file->f_mapping);
 	}
-	err = mshare_host_run(r, NULL, try_map, &args) ?: mutex_lock_killable(&r->layout);
+	err = mshare_host_run(NULL, NULL, try_map, &args) ?: mutex_lock_killable(&r->layout);
 	if (!err) {
 		err = map_tried(r, &args);
 		mutex_unlock(&r->layout);
 	}
+	let_go(r, &args.parts, args.taken_out);
 	if (args.pinning)
 		mshare_pin_done(&pinning);
 out:
@@ -370,24 +456,33 @@ out:
 	return err;
 }
 
+struct unmap_args {
+	const struct mshare_unmap *req;
+	struct list_head parts;
+};
+
 static int do_unmap(struct mshare_region *r, void *data)
 {
-	const struct mshare_unmap *req = data;
-	int err;
+	struct unmap_args *args = data;
+	u64 offset = args->req->region_offset, size = args->req->size;
+	int err = mshare_each_file(r, MSHARE_RO + offset, size, remember, &args->parts);
 
+	if (err)
+		return err;
 	mshare_settle(r, false);
-	err = vm_munmap(MSHARE_RO + req->region_offset, req->size);
-	if (!err) {
-		mshare_unpin(r, req->region_offset, req->size);
-		mshare_each_file(r, MSHARE_RW + req->region_offset, req->size, free_piece);
-		err = finish_unmap(MSHARE_RW + req->region_offset, req->size);
-	}
+	err = vm_munmap(MSHARE_RW + offset, size) ?: finish_unmap(MSHARE_RO + offset, size);
+	if (!err)
+		mshare_unpin(r, offset, size);
 	mshare_settle(r, true);
 	return err;
 }
 
 int mshare_layout_unmap(struct mshare_region *r, const struct mshare_unmap *req)
 {
-	return mshare_layout(r, MSHAREFS_UNMAP, do_unmap, (void *)req, req->region_offset,
-			     req->size);
+	struct unmap_args args = { .req = req, .parts = LIST_HEAD_INIT(args.parts) };
+	int err = mshare_layout(r, MSHAREFS_UNMAP, false, do_unmap, &args, req->region_offset,
+				req->size);
+
+	let_go(r, &args.parts, !err);
+	return err;
 }

@@ -32,13 +32,14 @@
 
 /*
  * Address space of a host mm. The content is mapped twice, for writable and for
- * read-only attachments. The blank slot lends its empty PMD page to slots taken
- * out of a process while others may be walking there.
+ * read-only attachments; the gap keeps mappings of the two from becoming one. The
+ * blank slot lends its empty PMD page to slots taken out of a process while others
+ * may be walking there.
  */
 #define MSHARE_BLANK	SLOT_SIZE
 #define MSHARE_MAX_SIZE	(32UL << 40)
 #define MSHARE_RW	(SLOT_SIZE << 10)
-#define MSHARE_RO	(MSHARE_RW + MSHARE_MAX_SIZE)
+#define MSHARE_RO	(MSHARE_RW + MSHARE_MAX_SIZE + SLOT_SIZE)
 
 /* Decided by the first mapping; only a locked region has pages that never move. */
 enum mshare_kind { MSHARE_EMPTY, MSHARE_MOVABLE, MSHARE_LOCKED };
@@ -143,7 +144,7 @@ void mshare_region_free(struct mshare_region *r);
 u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 *last_end);
 u64 mshare_sb_resident(struct super_block *sb);
 int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long size,
-		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len));
+		     int (*fn)(struct file *file, loff_t pos, loff_t len, void *arg), void *arg);
 struct mm_struct *mshare_host_mm(void);
 int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
 		    int (*fn)(struct mshare_region *r, void *arg), void *arg);
@@ -151,10 +152,11 @@ int mshare_host_map(struct file *file, unsigned long addr, unsigned long size, u
 		    unsigned long flags, unsigned long offset);
 
 /* layout.c */
-int mshare_layout(struct mshare_region *r, unsigned int op,
+int mshare_layout(struct mshare_region *r, unsigned int op, bool notify,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size);
 void mshare_settle(struct mshare_region *r, bool done);
 void mshare_lose_patience(struct work_struct *work);
+int mshare_layout_try(struct file *file, const struct mshare_create *req);
 int mshare_layout_map(struct mshare_region *r, struct file *file,
 		      const struct mshare_create *req);
 int mshare_layout_unmap(struct mshare_region *r, const struct mshare_unmap *req);
@@ -164,7 +166,6 @@ int mshare_layout_protect(struct mshare_region *r, const struct mshare_protect *
 
 /* pin.c */
 struct mshare_pinning {
-	struct mm_struct *mm;		/* who pays */
 	struct task_struct *task;	/* who may be killed */
 	const struct cred *cred;	/* whose user's limit it is; NULL: nobody's */
 	unsigned long counted;		/* pages not pinned yet */
@@ -188,7 +189,7 @@ void mshare_set_ops(struct mshare_window *win);
 /* graft.c */
 pud_t *mshare_pudp(struct mm_struct *mm, unsigned long addr);
 int mshare_make_tables(struct mm_struct *mm, unsigned long addr);
-int mshare_graft(struct mshare_window *win, unsigned long i, pud_t host);
+bool mshare_graft(struct mshare_window *win, unsigned long i, pud_t host);
 void mshare_graft_all(struct mshare_window *win);
 bool mshare_ungraft(struct mshare_window *win, unsigned long start, unsigned long end, bool own);
 void mshare_flush_guest(struct mm_struct *mm);
@@ -205,6 +206,7 @@ vm_fault_t mshare_mkwrite(struct vm_fault *vmf);
 
 /* shmem.c */
 struct file *mshare_shmem_file(struct mshare_region *r, unsigned long size, unsigned long flags);
+int mshare_shmem_fill(struct file *file, u64 offset, u64 size);
 bool mshare_shmem_owned(struct mshare_region *r, struct file *file);
 void mshare_shmem_adopt(struct mm_struct *mm, unsigned long addr, unsigned long size);
 vm_fault_t mshare_shmem_charge(struct vm_area_struct *host, unsigned long addr,

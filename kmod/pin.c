@@ -5,7 +5,9 @@
  * A guest may hand its window to a second MMU (KVM) that hears of changes in the
  * guest's mm only. What the host mm does must then never take a page away: each is
  * pinned while it is mapped, and nothing is taken out of a locked region while it
- * has windows. The first mapping makes a region locked or movable for good.
+ * has windows. Nor can others take it: the content is the region's own memory. A
+ * file's would be in the hands of whoever may cut it or punch holes in it.
+ * The first mapping makes a region locked or movable for good.
  *
  * Locks: region->layout for the list of pins and the kind, which others read
  * without it. Pinning takes the host's mmap_lock and runs on the kernel worker;
@@ -19,7 +21,6 @@
 #include "mshare.h"
 
 #define PIN_PAGES 500	/* the struct fills a page */
-#define PIN_TRIES 10	/* for a page that is gone again before it is pinned */
 
 /* Part of one mapping. */
 struct mshare_pin {
@@ -38,7 +39,6 @@ int mshare_pin_account(struct mshare_pinning *p, u64 size)
 
 	if (!can_do_mlock())
 		return -EPERM;
-	p->mm = current->mm;
 	p->task = current;
 	p->cred = NULL;
 	if (capable(CAP_IPC_LOCK))
@@ -90,35 +90,13 @@ void mshare_unpin(struct mshare_region *r, unsigned long offset, unsigned long s
 	}
 }
 
-/* tmpfs allocates in the name of the mm that asks: the caller's, not the host's. */
-static int charge(struct mshare_region *r, unsigned long addr, unsigned long pages,
-		  struct mm_struct *payer)
-{
-	struct vm_area_struct *vma;
-	vm_fault_t ret = 0;
-	struct page *page;
-
-	mmap_read_lock(r->mm);
-	vma = find_vma(r->mm, addr);
-	for (; pages && !(ret & VM_FAULT_ERROR); pages--, addr += PAGE_SIZE) {
-		ret = mshare_shmem_charge(vma, addr, payer, false, &page);
-		if (page)
-			put_page(page);
-	}
-	mmap_read_unlock(r->mm);
-	return ret & VM_FAULT_ERROR ? vm_fault_to_errno(ret, 0) : 0;
-}
-
 static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned long first,
 		    unsigned long pages)
 {
 	unsigned long addr = MSHARE_RW + (first << PAGE_SHIFT);
 	struct mshare_pin *pin;
-	int got, err, tries = 0;
+	int got;
 
-	err = charge(r, addr, pages, p->mm);
-	if (err)
-		return err;
 	pin = kzalloc(sizeof(*pin), GFP_KERNEL_ACCOUNT);
 	if (!pin)
 		return -ENOMEM;
@@ -130,15 +108,8 @@ static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned 
 		/* reading is enough: shared memory has no page that a store would replace */
 		got = pin_user_pages_fast(addr + (pin->nr << PAGE_SHIFT), pages - pin->nr,
 					  FOLL_LONGTERM, pin->page + pin->nr);
-		if (got <= 0) {
-			if (got != -EFAULT || ++tries == PIN_TRIES)
-				return got ?: -EFAULT;
-			err = charge(r, addr + (pin->nr << PAGE_SHIFT), 1, p->mm);
-			if (err)
-				return err;
-			continue;
-		}
-		tries = 0;
+		if (got <= 0)
+			return got ?: -EFAULT;
 		pin->nr += got;
 		atomic64_add(got, &r->locked);
 		if (p->cred)
@@ -148,8 +119,8 @@ static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned 
 }
 
 /*
- * On the kernel worker, with region->layout held and every guest drained. -ENXIO: a
- * file ends before the range. On an error the caller unpins the range.
+ * On the kernel worker, with region->layout held and every guest drained; all pages
+ * are in memory. On an error the caller unpins the range.
  */
 int mshare_pin(struct mshare_region *r, struct mshare_pinning *p, u64 offset, u64 size)
 {
@@ -161,7 +132,7 @@ int mshare_pin(struct mshare_region *r, struct mshare_pinning *p, u64 offset, u6
 		err = fatal_signal_pending(p->task) ? -EINTR : pin_some(r, p, first, pages);
 		cond_resched();
 	}
-	return err == -EFAULT ? -ENXIO : err;
+	return err;
 }
 
 /*
@@ -175,7 +146,7 @@ bool mshare_keeps(struct mshare_region *r, u64 offset, u64 size)
 	if (r->kind != MSHARE_LOCKED || !atomic_read(&r->nr_windows))
 		return false;
 	mmap_read_lock(r->mm);
-	content = find_vma_intersection(r->mm, MSHARE_RW + offset, MSHARE_RW + offset + size);
+	content = find_vma_intersection(r->mm, MSHARE_RO + offset, MSHARE_RO + offset + size);
 	mmap_read_unlock(r->mm);
 	return content;
 }

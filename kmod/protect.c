@@ -6,8 +6,9 @@
  * other the part in the range is mapped anew over itself; the content stays in
  * its file, and the first access of each page finds it there.
  *
- * Locks: as in layout.c. Every guest is drained and flushed before, so no TLB
- * holds an entry of the tables that change here.
+ * Locks: as in layout.c; inside the host's mmap_lock the file's i_mmap_rwsem. Every
+ * guest is drained and flushed before, so no TLB holds an entry of the tables that
+ * change here.
  */
 #include <linux/file.h>
 #include <linux/mman.h>
@@ -43,6 +44,27 @@ static int readonly_pte(pte_t *ptep, unsigned long addr, void *mm)
 	return 0;
 }
 
+/*
+ * Collapse by others who map the file may empty an entry here without the host's
+ * mmap_lock, and the walk does not bear that. So part by part under the file's lock,
+ * which they need.
+ */
+static int make_readonly(struct mm_struct *mm, struct vm_area_struct *vma)
+{
+	struct address_space *mapping = vma->vm_file->f_mapping;
+	unsigned long addr, next;
+	int err = 0;
+
+	for (addr = vma->vm_start; addr < vma->vm_end && !err; addr = next) {
+		next = pud_addr_end(addr, vma->vm_end);
+		i_mmap_lock_write(mapping);
+		err = apply_to_existing_page_range(mm, addr, next - addr, readonly_pte, mm);
+		i_mmap_unlock_write(mapping);
+		cond_resched();
+	}
+	return err;
+}
+
 static bool has_huge(struct mm_struct *mm, struct vm_area_struct *vma)
 {
 	unsigned long addr, next;
@@ -76,9 +98,8 @@ static int change_in_place(struct mm_struct *mm, struct vm_area_struct *vma, uns
 	/* private rights: an entry becomes writable in a write fault only, as files need it */
 	vma->vm_page_prot = vm_get_page_prot(vma->vm_flags & ~VM_SHARED);
 	if (!(prot & PROT_WRITE))
-		err = apply_to_existing_page_range(mm, vma->vm_start, vma->vm_end - vma->vm_start,
-						   readonly_pte, mm);
-	return err;
+		err = make_readonly(mm, vma);
+	return err ? -EAGAIN : 0;
 }
 
 /*
@@ -151,8 +172,6 @@ static int do_protect(struct mshare_region *r, void *data)
 
 int mshare_layout_protect(struct mshare_region *r, const struct mshare_protect *req)
 {
-	if (!(req->prot & PROT_WRITE))
-		WRITE_ONCE(r->write_notify, true);
-	return mshare_layout(r, MSHAREFS_PROTECT, do_protect, (void *)req, req->region_offset,
-			     req->size);
+	return mshare_layout(r, MSHAREFS_PROTECT, !(req->prot & PROT_WRITE), do_protect,
+			     (void *)req, req->region_offset, req->size);
 }

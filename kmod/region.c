@@ -26,7 +26,7 @@
 
 static DEFINE_MUTEX(mshare_regions_lock);
 static LIST_HEAD(mshare_regions);
-static struct workqueue_struct *mshare_wq;
+static struct workqueue_struct *mshare_wq, *mshare_trials;
 /* taken inside guests' mmap_locks: lockdep must tell them apart */
 static struct lock_class_key mshare_host_lock_class;
 
@@ -37,12 +37,19 @@ struct anon_vma mshare_no_collapse;
 int mshare_region_init(void)
 {
 	mshare_wq = alloc_workqueue("mshare", WQ_UNBOUND, 0);
-	return mshare_wq ? 0 : -ENOMEM;
+	mshare_trials = alloc_workqueue("mshare_trials", WQ_UNBOUND, 0);
+	if (mshare_wq && mshare_trials)
+		return 0;
+	mshare_region_exit();
+	return -ENOMEM;
 }
 
 void mshare_region_exit(void)
 {
-	destroy_workqueue(mshare_wq);
+	if (mshare_wq)
+		destroy_workqueue(mshare_wq);
+	if (mshare_trials)
+		destroy_workqueue(mshare_trials);
 }
 
 struct host_work {
@@ -73,7 +80,8 @@ static void host_worker(struct work_struct *work)
 
 /*
  * Run fn on a kernel worker with mm, or none, as its own. The caller's group pays,
- * and security modules are asked whether the caller may.
+ * and security modules are asked whether the caller may. What is for no region yet may
+ * take as long as a file system wants, and has no place where others wait behind it.
  */
 int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
 		    int (*fn)(struct mshare_region *r, void *arg), void *arg)
@@ -84,7 +92,7 @@ int mshare_host_run(struct mshare_region *r, struct mm_struct *mm,
 
 	hw.memcg = get_mem_cgroup_from_mm(current->mm);
 	INIT_WORK_ONSTACK(&hw.work, host_worker);
-	queue_work(mshare_wq, &hw.work);
+	queue_work(r ? mshare_wq : mshare_trials, &hw.work);
 	flush_work(&hw.work);
 	destroy_work_on_stack(&hw.work);
 	mem_cgroup_put(hw.memcg);
@@ -315,7 +323,7 @@ u64 mshare_region_resident(struct mshare_region *r, bool wait, u64 *mapped, u64 
  * the host's lock. The first error is returned, and does not end the walk.
  */
 int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long size,
-		     int (*fn)(struct mshare_region *r, struct file *file, loff_t pos, loff_t len))
+		     int (*fn)(struct file *file, loff_t pos, loff_t len, void *arg), void *arg)
 {
 	unsigned long end = addr + size, from;
 	struct vm_area_struct *vma;
@@ -336,7 +344,7 @@ int mshare_each_file(struct mshare_region *r, unsigned long addr, unsigned long 
 		pos = ((loff_t)vma->vm_pgoff << PAGE_SHIFT) + (from - vma->vm_start);
 		file = get_file(vma->vm_file);
 		mmap_read_unlock(r->mm);
-		ret = fn(r, file, pos, addr - from);
+		ret = fn(file, pos, addr - from, arg);
 		err = err ?: ret;
 		fput(file);
 	}

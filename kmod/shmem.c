@@ -13,6 +13,7 @@
  */
 #include <linux/magic.h>
 #include <linux/pagemap.h>
+#include <linux/sched/signal.h>
 #include <linux/shmem_fs.h>
 #include "mshare.h"
 
@@ -36,7 +37,7 @@ static struct page *find(struct address_space *mapping, pgoff_t index, bool lock
 
 /*
  * What was fetched may be gone again, by a hole in the file. A guest comes back and
- * has it fetched again; for a pin, which would not, that is for the caller.
+ * has it fetched again. Who is in the host mm itself pins what no hole can be made in.
  */
 static vm_fault_t fault_present(struct vm_fault *vmf)
 {
@@ -134,6 +135,27 @@ struct file *mshare_shmem_file(struct mshare_region *r, unsigned long size, unsi
 	else if (PTR_ERR(file) == -ENOSPC)
 		file = ERR_PTR(-ENOMEM);	/* no inode: there is no disk to be full */
 	return file;
+}
+
+/*
+ * Bring all of it in, in the caller's name: whose group pays, and who may be killed
+ * for it. The pages are going to be pinned, so none of the movable ones.
+ */
+int mshare_shmem_fill(struct file *file, u64 offset, u64 size)
+{
+	pgoff_t index = offset >> PAGE_SHIFT, end = (offset + size) >> PAGE_SHIFT;
+	struct page *page;
+
+	for (; index < end; index++) {
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		page = shmem_read_mapping_page_gfp(file->f_mapping, index, GFP_HIGHUSER);
+		if (IS_ERR(page))
+			return PTR_ERR(page) == -ENOSPC ? -ENOMEM : PTR_ERR(page);
+		put_page(page);
+		cond_resched();
+	}
+	return 0;
 }
 
 bool mshare_shmem_owned(struct mshare_region *r, struct file *file)

@@ -22,25 +22,13 @@
 #include <linux/uaccess.h>
 #include "mshare.h"
 
-/*
- * Opened anew, so that what hangs on the caller's open file (flock, O_APPEND)
- * ends with the caller's.
- */
-static int fill(struct mshare_region *r, struct file *asked, u32 access)
+static struct mshare_create whole_file(u32 access)
 {
-	struct mshare_create req = {
+	return (struct mshare_create) {
 		.size = MSHARE_MAX_SIZE,
 		.prot = access == O_RDWR ? PROT_READ | PROT_WRITE : PROT_READ,
 		.flags = MAP_SHARED | MAP_FIXED,
 	};
-	struct file *file = dentry_open(&asked->f_path, access | O_LARGEFILE, current_cred());
-	int err;
-
-	if (IS_ERR(file))
-		return PTR_ERR(file);
-	err = mshare_layout_map(r, file, &req);
-	fput(file);
-	return err;
 }
 
 /* An overlay may have put another file below in the place of the one asked for. */
@@ -55,16 +43,17 @@ static struct address_space *content(struct mshare_region *r)
 }
 
 /* With a reference. */
-static struct inode *make(struct super_block *sb, struct file *asked, u32 access)
+static struct inode *make(struct super_block *sb, struct file *file, u32 access)
 {
 	struct inode *inode = mshare_region_inode(sb), *first;
+	struct mshare_create req = whole_file(access);
 	struct mshare_region *r;
 	int err;
 
 	if (IS_ERR(inode))
 		return inode;
 	r = inode->i_private;
-	err = mshare_region_set_size(r, MSHARE_MAX_SIZE) ?: fill(r, asked, access);
+	err = mshare_region_set_size(r, MSHARE_MAX_SIZE) ?: mshare_layout_map(r, file, &req);
 	if (err) {
 		iput(inode);
 		return ERR_PTR(err);
@@ -76,15 +65,41 @@ static struct inode *make(struct super_block *sb, struct file *asked, u32 access
 	return first;
 }
 
+/*
+ * With a reference. Who comes later is asked what the first one was: a seal, a mark of
+ * the file or a security module may keep from him what he has a descriptor for.
+ */
+static struct inode *find_or_make(struct super_block *sb, struct file *file, u32 access)
+{
+	struct address_space *source = d_real_inode(file->f_path.dentry)->i_mapping;
+	struct inode *inode = mshare_region_find(sb, source, access);
+	struct mshare_create req = whole_file(access);
+	int err;
+
+	if (!inode)
+		return make(sb, file, access);
+	err = mshare_layout_try(file, &req);
+	if (err) {
+		iput(inode);
+		return ERR_PTR(err);
+	}
+	return inode;
+}
+
+/*
+ * The file is opened anew, so that what hangs on the caller's open file (flock,
+ * O_APPEND) ends with the caller's.
+ */
 static struct file *open_region(struct file *control, struct file *asked, u32 access)
 {
-	struct super_block *sb = file_inode(control)->i_sb;
+	struct file *file = dentry_open(&asked->f_path, access | O_LARGEFILE, current_cred());
 	char name[NAME_MAX + 1];
 	struct inode *inode;
-	struct file *file;
 
-	inode = mshare_region_find(sb, d_real_inode(asked->f_path.dentry)->i_mapping, access) ?:
-		make(sb, asked, access);
+	if (IS_ERR(file))
+		return file;
+	inode = find_or_make(file_inode(control)->i_sb, file, access);
+	fput(file);
 	if (IS_ERR(inode))
 		return ERR_CAST(inode);
 	snprintf(name, sizeof(name), "%pd", asked->f_path.dentry);

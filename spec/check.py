@@ -162,6 +162,8 @@ LIMITS = [
         ends=True,
     ),
     Scenario(LOCKED, "", "BREAK_PIN", "reclaim takes a page"),
+    Scenario(LOCKED, "", "BREAK_FILE", "the owner of a file takes a page"),
+    Scenario(LOCKED, "", "BREAK_HALF", "what cannot be unmapped is unpinned"),
     Scenario(LOCKED, "", "BREAK_KEEPS", "UNMAP does not ask for windows"),
     Scenario(LOCKED, "", "BREAK_ASKED", "it asks before the freeze"),
     Scenario(LOCKED, "", "BREAK_BORN", "a new window not frozen"),

@@ -60,19 +60,30 @@ inline thaw() { d_step { region_frozen = false; frozen[0] = false; frozen[1] = f
 #define mshare_keeps(p)	(kind == MSHARE_LOCKED && nr_windows && content[p])
 #endif
 
-/* What was there goes. When mshare_pin() fails nothing is there. */
+/*
+ * What was there goes, or one of the views cannot: then it stays as it was. When mshare_pin()
+ * fails nothing is there.
+ */
 inline do_map(p, new) {
-	if :: content[p] -> leaves(p) :: else fi;
-	pinned[p] = false;
-	content[p] = new != MSHARE_EMPTY;
 	if
-#ifdef BREAK_PIN
-	:: new == MSHARE_LOCKED
-#else
-	:: new == MSHARE_LOCKED -> pinned[p] = true
+	:: content[p] ->
+		err = true
+#ifdef BREAK_HALF
+		; pinned[p] = false
 #endif
-	:: new == MSHARE_LOCKED -> leaves(p); content[p] = false; err = true
-	:: else
+	:: true ->
+		if :: content[p] -> leaves(p) :: else fi;
+		pinned[p] = false;
+		content[p] = new != MSHARE_EMPTY;
+		if
+#ifdef BREAK_PIN
+		:: new == MSHARE_LOCKED
+#else
+		:: new == MSHARE_LOCKED -> pinned[p] = true
+#endif
+		:: new == MSHARE_LOCKED -> leaves(p); content[p] = false; err = true
+		:: else
+		fi
 	fi
 }
 
@@ -117,5 +128,14 @@ proctype reclaim() {
 	:: atomic { content[1] && !pinned[1] -> leaves(1) }
 	od
 }
+
+#ifdef BREAK_FILE
+/* Content that others can reach: whoever may write to the file takes a page out of it. */
+active proctype owner() {
+	do
+	:: atomic { content[0] -> leaves(0) }
+	od
+}
+#endif
 
 init { atomic { run guest(0); run guest(1); run caller(); run caller(); run reclaim() } }

@@ -484,6 +484,15 @@ def test_locked(engine: Engine, name: str) -> None:
     assert not [region for region in mshare.list() if region.name == name]
 
 
+def test_no_locked_file(engine: Engine, name: str, tmp_path: Path) -> None:
+    """A file can't be locked, whatever the engine; the error says what to do."""
+    (tmp_path / "data").write_bytes(b"x")
+    with pytest.raises(OSError, match="copy the content into it") as caught:
+        mshare.create(name, backing=tmp_path / "data", engine=engine.name, locked=True)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert not [region for region in mshare.list() if region.name == name]
+
+
 def test_backing(engine: Engine, name: str, tmp_path: Path) -> None:
     """A region over a file is the file; an engine that can't says which can."""
     file = tmp_path / "data"

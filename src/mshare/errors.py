@@ -31,6 +31,13 @@ def unsupported(what: str, engine: str, able: str, name: str) -> OSError:
     return OSError(errno.EOPNOTSUPP, message, name)
 
 
+def no_locked_file(name: str) -> OSError:
+    """EOPNOTSUPP for a file in a locked region."""
+    why = "whoever may write to a file can take its pages away"
+    cure = "make a locked region of that size, and copy the content into it"
+    return OSError(errno.EOPNOTSUPP, f"a file can't be locked: {why}; {cure}", name)
+
+
 @contextmanager
 def about(name: str) -> Iterator[None]:
     """Name the region in the error of a call that ran out of something on its way."""

@@ -13,7 +13,7 @@ from typing import SupportsIndex
 from mshare import engines
 from mshare.engines import Engine, Stat
 from mshare.engines.base import DEFAULT_MODE, exists
-from mshare.errors import about, invalid
+from mshare.errors import about, invalid, no_locked_file
 from mshare.names import check_name, creating
 from mshare.region import PathOrFd, Region
 from mshare.sizes import region_size
@@ -40,13 +40,13 @@ def create(
     :param engine: an engine's name; by default ``MSHARE_ENGINE``, else the best that works.
     :param address: attach here; by default an address the engine likes.
     :param locked: take all memory now and never move it, as a process needs that gives its
-        window to a virtual machine. Counts against RLIMIT_MEMLOCK.
+        window to a virtual machine. Counts against RLIMIT_MEMLOCK. Not with ``backing``.
     :param fill: called with the region before it has its name, so that nobody sees it half
         filled. If it fails, or its process dies, there is no region. Others of this user who
         create the name meanwhile wait for it.
     :raises FileExistsError: the name is taken.
     :raises OSError: ENOSPC when the memory is not there, now rather than later; EOPNOTSUPP where
-        the engine can't lock.
+        the engine can't lock, or a file is to be locked.
     :raises ValueError: a bad name, size or mode (an ``OSError`` with errno too).
     """
     check_name(name)
@@ -54,7 +54,9 @@ def create(
     if backing is not None:
         if fill is not None:
             raise TypeError("a region over a file has the file's content; leave out fill")
-        return _create_over(name, size, mode, backing, engine, address, locked=locked)
+        if locked:
+            raise no_locked_file(name)
+        return _create_over(name, size, mode, backing, engine, address)
     if size is None:
         raise TypeError("a region needs a size, or backing= a file")
     bytes_ = region_size(size)
@@ -81,8 +83,6 @@ def _create_over(
     backing: PathOrFd,
     engine: str | None,
     address: int | None,
-    *,
-    locked: bool,
 ) -> Region:
     if size is not None or mode is not None:
         raise invalid("a region over a file has the file's size and mode; leave them out", name)
@@ -91,8 +91,8 @@ def _create_over(
         with creating(name):
             if engines.holder(name):
                 raise exists(name)
-            chosen = engines.best(engine, over_file=True, locked=locked)
-            chosen.create_over(name, file, locked=locked)
+            chosen = engines.best(engine, over_file=True)
+            chosen.create_over(name, file)
         return _attach_created(name, chosen, address, maybe_readonly=True)
 
 

@@ -24,7 +24,6 @@ from tests.kernel import abi
 from tests.kernel.test_lifetime import module_users, nothing_left
 
 KNOBS = "/sys/kernel/debug"
-PROCESS_VM_WRITEV = 311
 MOST = 2000
 """More allocations than a call makes that is walked to its end."""
 TIMES = int(os.environ.get("MSHARE_INJECT_TIMES", "20"))
@@ -235,13 +234,6 @@ def walk(
         told.last = nth
     assert until, f"more than {MOST} allocations"
     return told
-
-
-def put_safely(address: int, data: bytes) -> None:
-    """Store bytes in this process; EFAULT where a store would be a signal."""
-    source = ctypes.create_string_buffer(data, len(data))
-    ours, theirs = abi.vector(ctypes.addressof(source), len(data)), abi.vector(address, len(data))
-    abi.syscall(PROCESS_VM_WRITEV, os.getpid(), ours[0], 1, theirs[0], 1, 0)
 
 
 def answer(call: Callable[..., Any], *args: Any) -> Any:

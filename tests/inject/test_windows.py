@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from mshare.engines.msharefs import info
-from tests.inject.inject import Caller, answer, check, put_safely, standing
+from tests.inject.inject import Caller, answer, check, standing
 from tests.inject.inject import place as placed
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SLOT
@@ -66,7 +66,7 @@ def test_mmap(wide: int, prot: int, slots: int, first: bool) -> None:
     def undo(window: int) -> None:
         shows(window, slots)
         if prot == RW:
-            put_safely(window, mark(0))
+            abi.put_safely(window, mark(0))
         abi.munmap(window, size)
 
     def same(code: int) -> None:
@@ -153,7 +153,7 @@ def test_first_touch(wide: int, write: bool, how: str) -> None:
         ("access", False): lambda: abi.get(spot, 6),
         ("access", True): lambda: abi.put(spot, b"touch!"),
         ("call", False): lambda: abi.get_safely(spot, 6),
-        ("call", True): lambda: put_safely(spot, b"touch!"),
+        ("call", True): lambda: abi.put_safely(spot, b"touch!"),
         ("populate", False): lambda: abi.madvise(spot, 4 * PAGE, 22),
         ("populate", True): lambda: abi.madvise(spot, 4 * PAGE, 23),
     }
@@ -204,7 +204,7 @@ def test_first_touch_of_a_disk(path: str, disk: str, write: bool) -> None:
 
     def touch() -> None:
         if write:
-            put_safely(window, b"there!")
+            abi.put_safely(window, b"there!")
         else:
             abi.get_safely(window, 6)
 
@@ -292,14 +292,14 @@ def test_mremap(wide: int) -> None:
     def undo(window: int) -> None:
         assert window == OTHER
         shows(window)
-        put_safely(window, mark(0))
+        abi.put_safely(window, mark(0))
         assert answer(abi.get_safely, SPOT, 6) == "EFAULT"
         assert info(wide).attachments == 1
         abi.mremap(OTHER, size, size, 3, SPOT)
 
     def same(code: int) -> None:
         shows(SPOT)
-        put_safely(SPOT, mark(0))
+        abi.put_safely(SPOT, mark(0))
         assert answer(abi.get_safely, OTHER, 6) == "EFAULT"
         assert info(wide).attachments == 1
 

@@ -25,7 +25,7 @@ PAGE = 4096
 READ, WRITE, EXEC = 1, 2, 4
 RW = READ | WRITE
 SHARED, PRIVATE, FIXED, ANONYMOUS = 1, 2, 0x10, 0x20
-PROCESS_VM_READV = 310
+PROCESS_VM_READV, PROCESS_VM_WRITEV = 310, 311
 CREATE_MAPPING, UNMAP, PROTECT = 0x40287800, 0x40107801, 0x40187802
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -172,6 +172,13 @@ def get_safely(address: int, length: int, pid: int = 0) -> bytes:
     ours, theirs = vector(ctypes.addressof(data), length), vector(address, length)
     syscall(PROCESS_VM_READV, pid or os.getpid(), ours[0], 1, theirs[0], 1, 0)
     return data.raw
+
+
+def put_safely(address: int, data: bytes) -> None:
+    """Store bytes in this process; EFAULT where a store would be a signal."""
+    source = ctypes.create_string_buffer(data, len(data))
+    ours, theirs = vector(ctypes.addressof(source), len(data)), vector(address, len(data))
+    syscall(PROCESS_VM_WRITEV, os.getpid(), ours[0], 1, theirs[0], 1, 0)
 
 
 def memory(address: int, size: int = PAGE) -> memoryview:

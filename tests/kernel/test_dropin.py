@@ -26,10 +26,12 @@ from tests.conftest import NOBODY
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SLOT
 from tests.kernel.test_lifetime import nothing_left
+from tests.kernel.test_security import APPEND, flagged
 
 SIZE = 16 << 20
 OPEN_FILE = 0x40087804
 RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
+F_SEAL_FUTURE_WRITE = 0x10
 
 
 @pytest.fixture(params=["disk", "tmpfs"])
@@ -449,6 +451,24 @@ def test_memfd(disk: str) -> None:
     memory.close()
     os.close(again)
     os.close(fd)
+
+
+def test_no_more_than_an_own_mapping_gives(disk: str) -> None:
+    """A seal, or a mark of the file, that came after the first writer holds for the next."""
+    sealed = os.memfd_create("content", os.MFD_ALLOW_SEALING)
+    marked = os.open(f"{disk}/content", RDWR | os.O_CREAT)
+    for fd in sealed, marked:
+        os.ftruncate(fd, SIZE)
+    writers = [open_file(fd, RDWR) for fd in (sealed, marked)]
+    fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+    with flagged(f"{disk}/content", APPEND):
+        for fd, number in (sealed, errno.EPERM), (marked, errno.EACCES):
+            refused(number, partial(abi.mmap, fd, SIZE))
+            refused(number, partial(open_file, fd, RDWR))
+            os.close(open_file(fd, RDONLY))
+    again = open_file(marked, RDWR)
+    for fd in (*writers, again, sealed, marked):
+        os.close(fd)
 
 
 def test_made_and_gone(file: Path, region: int) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import mshare
-from mshare import engines
-from mshare.engines.msharefs import info
+from mshare import engines, mapping
+from mshare.engines.msharefs import LOCKED, info
 from tests.conftest import NOBODY, skip
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, SLOT
@@ -100,14 +100,15 @@ def test_mappings_of_a_region(region: int, most: int) -> None:
     for at in pages:
         abi.put(rw + at, b"before")
     old, zeros, hole = [b"before"] * 2, [bytes(6)] * 2, [errno.EFAULT] * 2
+    half: list[object] = [errno.EFAULT, b"before"]
     changes: list[tuple[Callable[[int], None], object, tuple[object, ...]]] = [
         (
             lambda at: abi.create_mapping(region, at, PAGE),
             zeros,
-            (old, hole, [errno.EFAULT, bytes(6)]),
+            (old, hole, half),
         ),
         (lambda at: abi.protect(region, at, PAGE, READ), old, (old,)),
-        (lambda at: abi.unmap(region, at, PAGE), hole, (old, [bytes(6), errno.EFAULT])),
+        (lambda at: abi.unmap(region, at, PAGE), hole, (old, half)),
     ]
     refused = dict.fromkeys(range(len(changes)), 0)
     with setting("vm/max_map_count", most):
@@ -126,6 +127,30 @@ def test_mappings_of_a_region(region: int, most: int) -> None:
             assert [content(window + at) for window in (rw, ro)] == done
     for window in (rw, ro):
         abi.munmap(window)
+
+
+@pytest.mark.parametrize(("most", "half"), [(100, True), (101, False)])
+def test_mappings_of_a_locked_region(path: str, most: int, half: bool) -> None:
+    """At vm.max_map_count what cannot go from both views stays locked."""
+    region = abi.make(path, fill=False)
+    abi.create_mapping(region, size=200 * PAGE, flags=FIXED | abi.ANONYMOUS | mapping.MAP_LOCKED)
+    with setting("vm/max_map_count", most):
+        for at in range(PAGE, 199 * PAGE, 2 * PAGE):
+            code = abi.code_of(abi.unmap, region, at, PAGE)
+            now = info(region)
+            if code:
+                break
+            assert now.locked_bytes == now.mapped_bytes
+    assert code == errno.ENOMEM
+    assert now.flags & LOCKED
+    # 6.1 and 6.12 count alike: one view was taken apart, and the other could not be
+    assert now.locked_bytes == now.mapped_bytes + PAGE * half
+    window = abi.mmap(region, prot=READ)
+    assert abi.code_of(abi.unmap, region, at, PAGE) == errno.EBUSY
+    abi.munmap(window)
+    abi.unmap(region, 0, SLOT)
+    assert info(region).mapped_bytes == info(region).locked_bytes == 0
+    os.close(region)
 
 
 def content(address: int) -> object:

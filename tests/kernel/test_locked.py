@@ -14,6 +14,7 @@ import pytest
 import mshare
 from mshare.engines import msharefs
 from tests.kernel import abi
+from tests.kernel.test_races import IO_URING_REGISTER, IO_URING_SETUP
 
 SIZE = 8 << 20
 PAGE, SLOT = abi.PAGE, abi.SLOT
@@ -121,49 +122,39 @@ def test_nothing_stays_locked(path: str) -> None:
     assert abi.settle(lambda: abi.meminfo("Shmem"), before + (1 << 20)) <= before + (1 << 20)
 
 
-def test_file(path: str, disk: str) -> None:
-    """A file can be locked; one that ends before the range is refused and leaves a hole."""
-    name = f"{disk}/content"
-    with open(name, "wb") as file:
-        file.write(os.urandom(SIZE))
-    content = os.open(name, os.O_RDWR)
+def test_no_file(path: str, disk: str) -> None:
+    """A file is not locked: whoever may write to it could take its pages away."""
     fd = abi.make(path, fill=False)
-    file_flags = abi.SHARED | abi.FIXED | LOCKED
-    long = {"size": SIZE + PAGE, "flags": file_flags, "fd": content}
-    assert error_of(abi.create_mapping, fd, **long) == errno.ENXIO
-    found = msharefs.info(fd)
-    assert found.mapped_bytes == found.locked_bytes == 0
-    abi.create_mapping(fd, size=SIZE, flags=file_flags, fd=content)
-    assert msharefs.info(fd).locked_bytes == SIZE
+    for content in os.memfd_create("content"), os.open(f"{disk}/content", os.O_RDWR | os.O_CREAT):
+        os.ftruncate(content, SIZE)
+        flags = abi.SHARED | abi.FIXED | LOCKED
+        refused = error_of(abi.create_mapping, fd, size=SIZE, flags=flags, fd=content)
+        assert refused == errno.EOPNOTSUPP
+        os.close(content)
+    assert msharefs.info(fd).mapped_bytes == 0
+    abi.create_mapping(fd, size=SIZE)  # nor was it decided what kind of region it is
+    os.close(fd)
+
+
+def test_refused_change_takes_nothing(path: str) -> None:
+    """Pages can be registered for the time after a PROTECT that was refused, as before it."""
+    fd = lock(path)
     window = abi.mmap(fd)
-    with open(name, "rb") as file:
-        assert abi.get(window, SIZE) == file.read()
+    before = register(window)
+    assert error_of(abi.protect, fd, 0, PAGE, abi.READ) == errno.EBUSY
+    assert register(window) == before
     abi.munmap(window)
-    os.close(content)
     os.close(fd)
 
 
-def test_holes_while_it_is_being_locked(path: str) -> None:
-    """A file that loses its pages meanwhile is locked as a whole, or refused and left out."""
-    size = SIZE // 8
-    content = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
-    os.ftruncate(content, size)
-    fd = abi.make(path, fill=False)
-
-    def punch() -> None:
-        while True:
-            abi.punch(content, 0, size)
-
-    child = abi.Child(punch)
-    file_flags = abi.SHARED | abi.FIXED | LOCKED
-    for _ in range(20):
-        error = error_of(abi.create_mapping, fd, size=size, flags=file_flags, fd=content)
-        found = msharefs.info(fd)
-        assert found.mapped_bytes == found.locked_bytes == (0 if error else size)
-        assert error in (None, errno.ENXIO)
-    child.kill()
-    os.close(content)
-    os.close(fd)
+def register(window: int) -> int | None:
+    """The errno of a registration of pages with io_uring, for writing and for long."""
+    params = abi.memory(abi.anonymous(PAGE))
+    ring = abi.syscall(IO_URING_SETUP, 4, abi.address_of(params))
+    vector = abi.vector(window, SIZE)
+    error = error_of(abi.syscall, IO_URING_REGISTER, ring, 0, vector[0], 1)
+    os.close(ring)
+    return error
 
 
 def _as_nobody(limit: int, path: str, repeat: int) -> list[int | None]:
@@ -217,15 +208,20 @@ def test_the_caller_pays(path: str) -> None:
 
 
 def test_over_the_limit_of_a_group(path: str) -> None:
-    """A process that locks more than its group may have dies or is refused, and leaves a hole."""
-    with abi.cgroup("locker", **{"max": "16M", "swap.max": "0"}) as folder:
+    """A process that locks more than its group may have dies, alone, and leaves a hole."""
+    with abi.cgroup("locker", **{"max": "48M", "swap.max": "0"}) as folder:
         fd = abi.make(path, fill=False)
+        others = [abi.within(folder, abi.forever) for _ in range(3)]
 
         def work() -> None:
             abi.enter(folder)
-            abi.create_mapping(fd, size=64 << 20, flags=FLAGS)
+            _write("/proc/self/oom_score_adj", 1000)
+            abi.create_mapping(fd, size=128 << 20, flags=FLAGS)
 
-        assert abi.dies_by(work) in (9, None)
+        assert abi.dies_by(work) == 9
+        for other in others:
+            assert os.waitpid(other.pid, os.WNOHANG) == (0, 0)
+            other.kill()
         found = msharefs.info(fd)
         assert found.mapped_bytes == found.locked_bytes == 0
         os.close(fd)

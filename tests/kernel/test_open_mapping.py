@@ -14,7 +14,7 @@ import pytest
 from mshare.engines.msharefs import info
 from tests.kernel import abi
 from tests.kernel.abi import ANONYMOUS, PAGE, PRIVATE, READ, RW, SHARED
-from tests.kernel.test_dropin import open_file, refused
+from tests.kernel.test_dropin import F_SEAL_FUTURE_WRITE, open_file, refused
 from tests.kernel.test_lifetime import nothing_left
 from tests.kernel.test_run import SHM_RDONLY, SHMAT, SHMDT, attaches, segment
 
@@ -22,7 +22,6 @@ SIZE = 16 << 20
 OPEN_MAPPING = 0x40107805
 RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
 REMAP_FILE_PAGES = 216
-F_SEAL_FUTURE_WRITE = 0x10
 
 
 def open_mapping(address: int, access: int = RDWR, reserved: int = 0) -> int:

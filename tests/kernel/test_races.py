@@ -24,7 +24,8 @@ SECONDS = 2.0
 PAGES = 512
 SIZE = PAGES * PAGE
 BELOW = 64 << 20
-NOHUGEPAGE = 15
+HUGE = 2 << 20
+NOHUGEPAGE, COLLAPSE = 15, 25
 FIXED = abi.SHARED | abi.FIXED
 OVER = abi.PRIVATE | abi.ANONYMOUS | abi.FIXED
 FUTEX, VMSPLICE, IO_URING_SETUP, IO_URING_REGISTER = 202, 278, 425, 427
@@ -421,6 +422,37 @@ def test_collapse(region: int, window: int) -> None:
     """khugepaged at full speed finds the content of regions and of other mappings."""
     with collapsing(), meanwhile(lambda: whole(window)):
         for_a_while(lambda: abi.Child(whole, window).result())
+
+
+def test_protect_meets_collapse(path: str) -> None:
+    """Another who maps the file makes huge pages of it; what PROTECT took stays taken."""
+    content = os.memfd_create("content")
+    os.ftruncate(content, HUGE)
+    region = abi.make(path, fill=False)
+    abi.create_mapping(region, size=HUGE, flags=abi.SHARED | abi.FIXED, fd=content)
+    window = abi.mmap(region)
+    room = abi.mmap(-1, 2 * HUGE, READ, abi.PRIVATE | abi.ANONYMOUS)
+    own = abi.mmap(content, HUGE, RW, abi.SHARED | abi.FIXED, (room + HUGE - 1) & -HUGE)
+
+    def collapse() -> None:
+        abi.touch(own, 1, step=PAGE, count=HUGE // PAGE)
+        with suppress(OSError):  # the pages are in use by the other
+            abi.madvise(own, HUGE, COLLAPSE)
+        abi.punch(content, 0, PAGE)
+
+    def protect() -> None:
+        abi.touch(window, 1, step=PAGE, count=HUGE // PAGE)
+        abi.protect(region, 0, HUGE, READ)
+        for at in range(0, HUGE, 16 * PAGE):
+            assert abi.code_of(abi.put_safely, window + at, b"x") == errno.EFAULT
+        abi.protect(region, 0, HUGE, RW)
+        assert abi.code_of(abi.put_safely, window, b"x") == 0
+
+    with meanwhile(collapse):
+        for_a_while(protect)
+    abi.munmap(window)
+    os.close(region)
+    os.close(content)
 
 
 def test_two_regions_changed_at_once(region: int, window: int, path: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,46 @@ def test_second_process_pays_nothing(region: int, path: str, prot: int) -> None:
         faults, grown = abi.Child(attach_and_touch, path, prot).result()
         assert faults == 0
         assert grown <= 12 << 10
+
+
+def test_numa_balancing_leaves_windows_alone(region: int) -> None:
+    """The scanner that looks for pages far from their users takes no window apart."""
+    window = abi.mmap(region)
+    plain = abi.mmap(-1, TOUCHED, abi.RW, abi.SHARED | abi.ANONYMOUS)
+    for address in (window, plain):
+        abi.fill(address, TOUCHED)
+    before, scanned = info(region).ungrafts, scans()
+    with numa_balancing():
+        end = time.monotonic() + 60
+        while scans() < scanned + 2 * TOUCHED // PAGE and time.monotonic() < end:
+            abi.touch(window, TOUCHED)
+            abi.touch(plain, TOUCHED)
+    assert scans() > scanned, "nothing was scanned: the test would not see it"
+    assert info(region).ungrafts == before
+    abi.munmap(window)
+    abi.munmap(plain, TOUCHED)
+
+
+def scans() -> int:
+    """Entries that the scanner has changed since boot."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("numa_pte_updates "))
+
+
+@contextmanager
+def numa_balancing() -> Iterator[None]:
+    """The scanner at work, as often as it can."""
+    debug = Path("/sys/kernel/debug/sched/numa_balancing")
+    wanted = {Path("/proc/sys/kernel/numa_balancing"): "1"}
+    wanted |= {debug / f"scan_{name}_ms": "100" for name in ("delay", "period_min", "period_max")}
+    before = {file: file.read_text() for file in wanted}
+    try:
+        for file, value in wanted.items():
+            file.write_text(value)
+        yield
+    finally:
+        for file, value in before.items():
+            file.write_text(value)
 
 
 def test_growth_does_not_depend_on_size(path: str) -> None:

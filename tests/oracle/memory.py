@@ -93,13 +93,9 @@ class Content:
         self.size = size
         drop(self.pages, range(size // PAGE, 1 << 63))
 
-    def ends_before(self, end: int) -> bool:
-        """Whether a file is not as long as that."""
-        return self.size is not None and self.size < end
-
     def number(self, position: int) -> int:
         """The number of the page there. ABI, Faults: past the end of a file, SIGBUS."""
-        if self.ends_before(position + 1):
+        if self.size is not None and position >= self.size:
             raise Fault(signal.SIGBUS)
         return position // PAGE
 

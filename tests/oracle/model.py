@@ -306,7 +306,8 @@ class Process:
     ) -> None:
         """CREATE_MAPPING: put content into the region, in place of what is there.
 
-        With MAP_LOCKED all of it is in memory now, and stays there.
+        With MAP_LOCKED all of it is in memory now, and stays there; a file is not the region's
+        to keep.
         """
         region = self._layout(handle)
         region.check_range(at, size)
@@ -319,6 +320,7 @@ class Process:
             refuse_if(size > self.mount.memory and not flags & NORESERVE, errno.ENOMEM)
             file, content = Source(None), Content()
         else:
+            refuse_if(locked, errno.EOPNOTSUPP)
             refuse_if(offset % PAGE or offset + size >= 1 << 63, errno.EINVAL)
             file, content = self._shareable(source, writable)
         if locked:
@@ -328,7 +330,6 @@ class Process:
         refuse_if(region.locked is not None and region.locked != locked, errno.EINVAL)
         region.change(at, size)
         region.layout.remove(at, at + size)
-        refuse_if(locked and content.ends_before(offset + size), errno.ENXIO)
         region.locked = locked
         may_write = file.writable and not file.sealed
         payer = self.user if locked else None

@@ -148,7 +148,7 @@ class Engine(ABC):
         finally:
             os.close(fd)
 
-    def create_over(self, name: str, file: str | int, *, locked: bool = False) -> None:
+    def create_over(self, name: str, file: str | int) -> None:
         """Make the region ``name`` over a file, by path or descriptor.
 
         :raises OSError: EOPNOTSUPP when this engine can't.

@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from mshare import mapping
 from mshare.engines.base import Check, Engine, Stat
-from mshare.errors import invalid
+from mshare.errors import invalid, no_locked_file
 from mshare.memory import meminfo
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
 
@@ -87,7 +87,7 @@ class Msharefs(Engine):
         os.ftruncate(fd, round_up(size, self.granule))
         self.map(fd, name, None, 0, size, 0, readonly=False, locked=locked)
 
-    def create_over(self, name: str, file: str | int, *, locked: bool = False) -> None:
+    def create_over(self, name: str, file: str | int) -> None:
         fd = file if isinstance(file, int) else open_content(file)
         try:
             info = os.fstat(fd)
@@ -100,7 +100,7 @@ class Msharefs(Engine):
 
             def fill(region: int) -> None:
                 os.ftruncate(region, round_up(size, self.granule))
-                self.map(region, name, fd, 0, size, 0, readonly=readonly, locked=locked)
+                self.map(region, name, fd, 0, size, 0, readonly=readonly)
 
             self._publish(name, st.S_IMODE(info.st_mode) & 0o777, fill)
         finally:
@@ -122,6 +122,8 @@ class Msharefs(Engine):
         flags = mapping.MAP_SHARED | mapping.MAP_FIXED
         if locked or info(fd).flags & LOCKED:
             flags |= mapping.MAP_LOCKED
+            if file is not None:
+                raise no_locked_file(name)
         if file is None:
             flags |= mapping.MAP_ANONYMOUS
         prot = _prot(readonly)
@@ -192,7 +194,6 @@ _REASONS = {
     errno.ENOMEM: "no memory for it, or for a locked region more than ulimit -l",
     errno.EINVAL: "the kernel module refused the range",
     errno.EBUSY: "what a locked region holds stays while a process has it attached",
-    errno.ENXIO: "the file ends before the range, and what is not there can't be locked",
     errno.EPERM: "this user may lock no memory: see ulimit -l",
 }
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from mshare import mapping, memory
 from mshare.engines.base import Check, Engine, Stat, exists
-from mshare.errors import RUN_OUT, invalid, unsupported
+from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
 HUGE_SETTING = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -79,9 +79,7 @@ class Shm(Engine):
         except OSError as error:
             raise OSError(error.errno, f"no room for the region: {error.strerror}", name) from None
 
-    def create_over(self, name: str, file: str | int, *, locked: bool = False) -> None:
-        if locked:
-            raise unsupported("lock a region in memory", self.name, "msharefs", name)
+    def create_over(self, name: str, file: str | int) -> None:
         path = _path_of(file)
         directory = self._made_directory()
         try:
