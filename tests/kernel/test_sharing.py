@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,15 +47,20 @@ def test_second_process_pays_nothing(region: int, path: str, prot: int) -> None:
 def test_numa_balancing_leaves_windows_alone(region: int) -> None:
     """The scanner that looks for pages far from their users takes no window apart."""
     window = abi.mmap(region)
-    plain = abi.mmap(-1, TOUCHED, abi.RW, abi.SHARED | abi.ANONYMOUS)
+    plain = abi.mmap(-1, TOUCHED, abi.RW, abi.PRIVATE | abi.ANONYMOUS)
     for address in (window, plain):
         abi.fill(address, TOUCHED)
     before, scanned = info(region).ungrafts, scans()
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # of one thread alone it leaves the pages alone
+    other.start()
     with numa_balancing():
         end = time.monotonic() + 60
         while scans() < scanned + 2 * TOUCHED // PAGE and time.monotonic() < end:
             abi.touch(window, TOUCHED)
             abi.touch(plain, TOUCHED)
+    done.set()
+    other.join()
     assert scans() > scanned, "nothing was scanned: the test would not see it"
     assert info(region).ungrafts == before
     abi.munmap(window)
