@@ -101,6 +101,18 @@ static int make_upper(struct mshare_window *win)
 	return err;
 }
 
+/* All tables of a window that is in place. Without its upper levels it is none. */
+static int build(struct mshare_window *win)
+{
+	int err = make_upper(win);
+
+	if (err)
+		return err;
+	mshare_host_tables(win);
+	mshare_graft_all(win, true);
+	return 0;
+}
+
 /*
  * A copy of a window: by fork, in a new mm, grafted at once; or by mremap, in
  * the same, where the kernel moves the tables next and ->mremap grafts after.
@@ -117,8 +129,8 @@ static void window_open(struct vm_area_struct *vma)
 	if ((vma->vm_start | vma->vm_end) & ~SLOT_MASK)
 		return;
 	win = window_new(vma, from->region, from->host, moving);
-	if (!IS_ERR(win) && !moving && !make_upper(win))
-		mshare_graft_all(win);
+	if (!IS_ERR(win) && !moving)
+		build(win);
 }
 
 static int window_mremap(struct vm_area_struct *vma)
@@ -132,8 +144,7 @@ static int window_mremap(struct vm_area_struct *vma)
 	spin_lock(&win->guest->lock);
 	win->closing = false;
 	spin_unlock(&win->guest->lock);
-	if (!make_upper(win))
-		mshare_graft_all(win);
+	build(win);
 	return 0;
 }
 
@@ -227,13 +238,10 @@ int mshare_mmap(struct file *file, struct vm_area_struct *vma)
 	win = window_new(vma, r, offset, false);
 	if (IS_ERR(win))
 		return PTR_ERR(win);
-	err = make_upper(win);
-	if (err) {
+	err = build(win);
+	if (err)
 		window_close(vma);
-		return err;
-	}
-	mshare_graft_all(win);
-	return 0;
+	return err;
 }
 
 unsigned long mshare_get_unmapped_area(struct file *file, unsigned long addr, unsigned long len,

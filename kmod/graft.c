@@ -116,54 +116,67 @@ static pud_t read_pud(struct mm_struct *mm, unsigned long addr)
 	return pudp ? READ_ONCE(*pudp) : __pud(0);
 }
 
-/* One pass over the slots; true when one has content but no PMD page in the host. */
-static bool graft_pass(struct mshare_window *win, bool make, bool *changed)
+/* Whether a slot that has content has no PMD page in the host; or make them all. */
+static bool lacking(struct mshare_window *win, bool make)
 {
 	struct mm_struct *mm = win->region->mm;
-	unsigned long i, addr, last;
+	unsigned long i, addr;
 	struct vm_area_struct *vma;
-	bool missing = false;
-	pud_t pud;
 
 	for (i = 0; i < mshare_slots(win); i++) {
 		addr = win->host + (i << SLOT_SHIFT);
 		vma = find_vma_intersection(mm, addr, addr + SLOT_SIZE);
-		if (!vma)
+		if (!vma || !pud_none(read_pud(mm, addr)))
 			continue;
-		last = min(vma->vm_end, addr + SLOT_SIZE) - PAGE_SIZE;
-		pud = read_pud(mm, addr);
-		if (make && pud_none(pud) && !mshare_make_tables(mm, last))
-			pud = read_pud(mm, addr);
-		if (!pud_none(pud))
-			*changed |= mshare_graft(win, i, pud);
-		else
-			missing = true;
+		if (!make)
+			return true;
+		mshare_make_tables(mm, min(vma->vm_end, addr + SLOT_SIZE) - PAGE_SIZE);
 		cond_resched();
 	}
-	return missing;
+	return false;
+}
+
+/* What fails, for want of memory or because of a kill, is left to the first fault. */
+void mshare_host_tables(struct mshare_window *win)
+{
+	struct mm_struct *mm = win->region->mm;
+	bool lacks;
+
+	if (READ_ONCE(win->frozen) || mmap_read_lock_killable(mm))
+		return;
+	lacks = lacking(win, false);
+	mmap_read_unlock(mm);
+	/* for write: a fault that puts a huge page there meanwhile must be kept out */
+	if (!lacks || mmap_write_lock_killable(mm))
+		return;
+	lacking(win, true);
+	mmap_write_unlock(mm);
 }
 
 /*
- * Graft every slot that has content. What fails, for want of memory, because of
- * a notifier range that is open or of a kill, is left to the first fault.
- * Caller holds the guest's mmap_lock.
+ * Graft every slot that has content and tables. What fails, because of a notifier
+ * range that is open, of a kill, or without wait because the host's lock is taken, is
+ * left to the first fault. Caller holds the guest's mmap_lock.
  */
-void mshare_graft_all(struct mshare_window *win)
+void mshare_graft_all(struct mshare_window *win, bool wait)
 {
 	struct mm_struct *mm = win->region->mm;
-	bool missing, changed = false;
+	unsigned long i, addr;
+	bool changed = false;
+	pud_t pud;
 
 	if (READ_ONCE(win->frozen))
 		return;
-	if (mmap_read_lock_killable(mm))
+	if (wait ? mmap_read_lock_killable(mm) : !mmap_read_trylock(mm))
 		return;
-	missing = graft_pass(win, false, &changed);
-	mmap_read_unlock(mm);
-	/* for write: a fault that puts a huge page there meanwhile must be kept out */
-	if (missing && !mmap_write_lock_killable(mm)) {
-		graft_pass(win, true, &changed);
-		mmap_write_unlock(mm);
+	for (i = 0; i < mshare_slots(win); i++) {
+		addr = win->host + (i << SLOT_SHIFT);
+		pud = read_pud(mm, addr);
+		if (!pud_none(pud) && find_vma_intersection(mm, addr, addr + SLOT_SIZE))
+			changed |= mshare_graft(win, i, pud);
+		cond_resched();
 	}
+	mmap_read_unlock(mm);
 	if (changed)
 		mshare_flush_guest(mshare_mm(win));
 }

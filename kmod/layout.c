@@ -108,27 +108,6 @@ void mshare_lose_patience(struct work_struct *work)
 	release(container_of(to_delayed_work(work), struct mshare_region, patience));
 }
 
-static int graft_again(struct mshare_window *win)
-{
-	struct mm_struct *mm = mshare_mm(win);
-	int err;
-
-	/*
-	 * The host's lock may take long to get. Meanwhile the guest must not begin to
-	 * exit: its release, which needs this lock, would hold up those of all others.
-	 */
-	if (!mmget_not_zero(mm))
-		return 0;
-	err = mmap_read_lock_killable(mm);
-	if (!err) {
-		if (win->vma)
-			mshare_graft_all(win);
-		mmap_read_unlock(mm);
-	}
-	mmput_async(mm);
-	return err;
-}
-
 static void thaw(struct mshare_region *r)
 {
 	struct mshare_window *win;
@@ -137,7 +116,14 @@ static void thaw(struct mshare_region *r)
 	release(r);
 	/* when killed, the first fault of each slot does the rest */
 	while (!err && (win = next_window(r))) {
-		err = graft_again(win);
+		/* waits are here: who exits needs the lock below while all notifiers wait for it */
+		mshare_host_tables(win);
+		err = mmap_read_lock_killable(mshare_mm(win));
+		if (!err) {
+			if (win->vma)
+				mshare_graft_all(win, false);
+			mmap_read_unlock(mshare_mm(win));
+		}
 		mshare_window_put(win);
 	}
 }
@@ -238,13 +224,58 @@ void mshare_settle(struct mshare_region *r, bool done)
 	mmap_write_unlock(r->mm);
 }
 
+/* What of the region's own files a change takes out. */
+struct parts {
+	struct mshare_region *r;
+	struct list_head list;
+};
+
+struct part {
+	struct list_head list;
+	struct file *file;
+	loff_t pos, len;
+};
+
+/* Charged to nobody: it is the way out of a group that is full. */
+static int remember(struct file *file, loff_t pos, loff_t len, void *data)
+{
+	struct parts *parts = data;
+	struct part *part;
+
+	if (!mshare_shmem_owned(parts->r, file))
+		return 0;
+	part = kmalloc(sizeof(*part), GFP_KERNEL);
+	if (!part)
+		return -ENOMEM;
+	*part = (struct part) { .file = get_file(file), .pos = pos, .len = len };
+	list_add_tail(&part->list, &parts->list);
+	return 0;
+}
+
+/*
+ * Give back the memory, which is not mapped any more. Other parts of the same file may
+ * be, so the last fput is not enough. Nobody waits for it: it comes after the thaw.
+ */
+static void let_go(struct parts *parts, bool taken_out)
+{
+	struct part *part, *next;
+
+	list_for_each_entry_safe(part, next, &parts->list, list) {
+		if (taken_out)
+			vfs_fallocate(part->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				      part->pos, part->len);
+		fput(part->file);
+		kfree(part);
+	}
+}
+
 struct map_args {
 	const struct mshare_create *req;
 	struct file *file;
 	unsigned long offset;		/* in the file */
 	bool write_notify;
 	struct mshare_pinning *pinning;	/* NULL: pages may move */
-	struct list_head parts;		/* what was there */
+	struct parts parts;		/* what was there */
 	bool taken_out;			/* and whether it has gone */
 };
 
@@ -295,42 +326,6 @@ int mshare_layout_try(struct file *file, const struct mshare_create *req)
 	return mshare_host_run(NULL, NULL, try_map, &args);
 }
 
-/* A part of a file that a change takes out of the region. */
-struct part {
-	struct list_head list;
-	struct file *file;
-	loff_t pos, len;
-};
-
-static int remember(struct file *file, loff_t pos, loff_t len, void *parts)
-{
-	struct part *part = kmalloc(sizeof(*part), GFP_KERNEL_ACCOUNT);
-
-	if (!part)
-		return -ENOMEM;
-	*part = (struct part) { .file = get_file(file), .pos = pos, .len = len };
-	list_add_tail(&part->list, parts);
-	return 0;
-}
-
-/*
- * Give back the memory of the region's own files, of which nothing is mapped there any
- * more. Other parts of the same file may be, so the last fput is not enough. Nobody
- * waits for it: it comes after the thaw.
- */
-static void let_go(struct mshare_region *r, struct list_head *parts, bool taken_out)
-{
-	struct part *part, *next;
-
-	list_for_each_entry_safe(part, next, parts, list) {
-		if (taken_out && mshare_shmem_owned(r, part->file))
-			vfs_fallocate(part->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-				      part->pos, part->len);
-		fput(part->file);
-		kfree(part);
-	}
-}
-
 /* What has begun is finished: it is charged to nobody, so no limit of a group is in its way. */
 static int finish_unmap(unsigned long addr, unsigned long size)
 {
@@ -349,8 +344,8 @@ static int unmap_views(struct mshare_region *r, u64 offset, u64 size)
 {
 	int err = finish_unmap(MSHARE_RW + offset, size);
 
+	/* new content that is not pinned: no virtual machine may come to rely on it */
 	if (err)
-		/* new content that is not pinned: no guest may rely on it */
 		WRITE_ONCE(r->kind, MSHARE_MOVABLE);
 	return err ?: finish_unmap(MSHARE_RO + offset, size);
 }
@@ -360,11 +355,13 @@ static int map_views(struct mshare_region *r, struct map_args *args)
 {
 	unsigned long rw = MSHARE_RW + args->req->region_offset;
 	int err = map_at(args, MSHARE_RW, args->req->prot);
-	bool kept;
+	bool kept = false;
 
-	mmap_read_lock(r->mm);
-	kept = err && find_vma_intersection(r->mm, rw, rw + args->req->size);
-	mmap_read_unlock(r->mm);
+	if (err) {
+		mmap_read_lock(r->mm);
+		kept = find_vma_intersection(r->mm, rw, rw + args->req->size);
+		mmap_read_unlock(r->mm);
+	}
 	if (kept)
 		return err;
 	err = err ?: map_at(args, MSHARE_RO, PROT_READ);
@@ -422,10 +419,10 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 {
 	struct map_args args = {
 		.req = req, .file = file, .offset = req->offset,
-		.parts = LIST_HEAD_INIT(args.parts),
+		.parts = { r, LIST_HEAD_INIT(args.parts.list) },
 	};
 	struct mshare_pinning pinning;
-	int err;
+	int err = 0;
 
 	if (req->flags & MAP_ANONYMOUS) {
 		/* a huge page needs the file offset and the address in step */
@@ -442,12 +439,16 @@ int mshare_layout_map(struct mshare_region *r, struct file *file, const struct m
 		args.pinning = &pinning;
 		mapping_set_unevictable(args.file->f_mapping);
 	}
-	err = mshare_host_run(NULL, NULL, try_map, &args) ?: mutex_lock_killable(&r->layout);
+	if (req->flags & MAP_ANONYMOUS)
+		args.write_notify = !(req->prot & PROT_WRITE);
+	else
+		err = mshare_host_run(NULL, NULL, try_map, &args);
+	err = err ?: mutex_lock_killable(&r->layout);
 	if (!err) {
 		err = map_tried(r, &args);
 		mutex_unlock(&r->layout);
 	}
-	let_go(r, &args.parts, args.taken_out);
+	let_go(&args.parts, args.taken_out);
 	if (args.pinning)
 		mshare_pin_done(&pinning);
 out:
@@ -458,7 +459,7 @@ out:
 
 struct unmap_args {
 	const struct mshare_unmap *req;
-	struct list_head parts;
+	struct parts parts;
 };
 
 static int do_unmap(struct mshare_region *r, void *data)
@@ -479,10 +480,13 @@ static int do_unmap(struct mshare_region *r, void *data)
 
 int mshare_layout_unmap(struct mshare_region *r, const struct mshare_unmap *req)
 {
-	struct unmap_args args = { .req = req, .parts = LIST_HEAD_INIT(args.parts) };
+	struct unmap_args args = {
+		.req = req,
+		.parts = { r, LIST_HEAD_INIT(args.parts.list) },
+	};
 	int err = mshare_layout(r, MSHAREFS_UNMAP, false, do_unmap, &args, req->region_offset,
 				req->size);
 
-	let_go(r, &args.parts, !err);
+	let_go(&args.parts, !err);
 	return err;
 }

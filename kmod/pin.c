@@ -97,7 +97,7 @@ static int pin_some(struct mshare_region *r, struct mshare_pinning *p, unsigned 
 	struct mshare_pin *pin;
 	int got;
 
-	pin = kzalloc(sizeof(*pin), GFP_KERNEL_ACCOUNT);
+	pin = kzalloc(sizeof(*pin), GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL);
 	if (!pin)
 		return -ENOMEM;
 	pin->first = first;
@@ -143,7 +143,7 @@ bool mshare_keeps(struct mshare_region *r, u64 offset, u64 size)
 {
 	bool content;
 
-	if (r->kind != MSHARE_LOCKED || !atomic_read(&r->nr_windows))
+	if (list_empty(&r->pins) || !atomic_read(&r->nr_windows))
 		return false;
 	mmap_read_lock(r->mm);
 	content = find_vma_intersection(r->mm, MSHARE_RO + offset, MSHARE_RO + offset + size);

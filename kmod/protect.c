@@ -87,9 +87,7 @@ static bool has_huge(struct mm_struct *mm, struct vm_area_struct *vma)
 /* Host's mmap_lock held for write. -EAGAIN: it must be mapped anew. */
 static int change_in_place(struct mm_struct *mm, struct vm_area_struct *vma, unsigned long prot)
 {
-	int err = 0;
-
-	if (has_huge(mm, vma))
+	if (has_huge(mm, vma) || (!(prot & PROT_WRITE) && make_readonly(mm, vma)))
 		return -EAGAIN;
 	if (prot & PROT_WRITE)
 		mshare_flags_mod(vma, VM_WRITE, 0);
@@ -97,9 +95,7 @@ static int change_in_place(struct mm_struct *mm, struct vm_area_struct *vma, uns
 		mshare_flags_mod(vma, 0, VM_WRITE);
 	/* private rights: an entry becomes writable in a write fault only, as files need it */
 	vma->vm_page_prot = vm_get_page_prot(vma->vm_flags & ~VM_SHARED);
-	if (!(prot & PROT_WRITE))
-		err = make_readonly(mm, vma);
-	return err ? -EAGAIN : 0;
+	return 0;
 }
 
 /*

@@ -138,20 +138,26 @@ struct file *mshare_shmem_file(struct mshare_region *r, unsigned long size, unsi
 }
 
 /*
- * Bring all of it in, in the caller's name: whose group pays, and who may be killed
- * for it. The pages are going to be pinned, so none of the movable ones.
+ * Bring all of it in, in the caller's name, whose group pays. Where the group has no
+ * more the caller is told: to kill another of it for this would be wrong. The pages
+ * are going to be pinned, so none of the movable ones; and dirty, so that nobody
+ * drops them before.
  */
 int mshare_shmem_fill(struct file *file, u64 offset, u64 size)
 {
+	const gfp_t gfp = GFP_HIGHUSER | __GFP_RETRY_MAYFAIL | __GFP_NOWARN;
 	pgoff_t index = offset >> PAGE_SHIFT, end = (offset + size) >> PAGE_SHIFT;
 	struct page *page;
 
 	for (; index < end; index++) {
 		if (fatal_signal_pending(current))
 			return -EINTR;
-		page = shmem_read_mapping_page_gfp(file->f_mapping, index, GFP_HIGHUSER);
+		page = shmem_read_mapping_page_gfp(file->f_mapping, index, gfp);
 		if (IS_ERR(page))
 			return PTR_ERR(page) == -ENOSPC ? -ENOMEM : PTR_ERR(page);
+		lock_page(page);
+		set_page_dirty(page);
+		unlock_page(page);
 		put_page(page);
 		cond_resched();
 	}

@@ -57,7 +57,7 @@ inline thaw() { d_step { region_frozen = false; frozen[0] = false; frozen[1] = f
 #ifdef BREAK_KEEPS
 #define mshare_keeps(p)	false
 #else
-#define mshare_keeps(p)	(kind == MSHARE_LOCKED && nr_windows && content[p])
+#define mshare_keeps(p)	((pinned[0] || pinned[1]) && nr_windows && content[p])
 #endif
 
 /*

@@ -182,38 +182,43 @@ inline make_host_table(s) {
 	}
 }
 
-inline graft_pass(w, make) {
-	s = 0;
-	do
-	:: s == SLOTS -> s = 0; break
-	:: s < SLOTS && !host_vma[s] -> s++
-	:: s < SLOTS && host_vma[s] ->
-		if :: make -> make_host_table(s) :: else fi;
-		if
-		:: host_pud[s] -> mshare_graft(w, s, host_pud[s])
-		:: else -> missing = true
-		fi;
-		s++
-	od
-}
-
-/* The guest's mmap_lock is held. */
-inline mshare_graft_all(w) {
+/* No lock of a guest is needed. */
+inline mshare_host_tables(w) {
 	if
 	:: frozen[w]
 	:: else ->
-		missing = false;
 		read_lock(HOST);
-		graft_pass(w, false);
+		lacks = (host_vma[0] && !host_pud[0]) || (host_vma[1] && !host_pud[1]);
 		read_unlock(HOST);
 		if
-		:: missing ->
+		:: lacks ->
 			write_lock(HOST);
-			graft_pass(w, true);
+			if :: host_vma[0] -> make_host_table(0) :: else fi;
+			if :: host_vma[1] -> make_host_table(1) :: else fi;
 			write_unlock(HOST);
-			missing = false
+			lacks = false
 		:: else
 		fi
+	fi
+}
+
+/* The guest's mmap_lock is held. Without wait the host's may not be had. */
+inline mshare_graft_all(w, wait) {
+	if
+	:: frozen[w] || !(wait)
+	:: !frozen[w] ->
+		read_lock(HOST);
+		s = 0;
+		do
+		:: s == SLOTS -> s = 0; break
+		:: s < SLOTS ->
+			if
+			:: host_vma[s] && host_pud[s] -> mshare_graft(w, s, host_pud[s])
+			:: else
+			fi;
+			s++
+		od;
+		read_unlock(HOST)
 	fi
 }
 
@@ -460,7 +465,7 @@ inline window_close(w) {
 /* mmap; with WITH_FORK in a child, whose parent's mmap_lock is held too. */
 proctype attach(byte w) {
 	byte s;
-	bool missing;
+	bool lacks;
 
 #ifdef WITH_FORK
 	write_lock(1 - GUEST(w));
@@ -472,7 +477,8 @@ proctype attach(byte w) {
 	:: true
 	fi;
 	owned[w] = true;
-	mshare_graft_all(w);
+	mshare_host_tables(w);
+	mshare_graft_all(w, true);
 	mapped[w] = true;
 	write_unlock(GUEST(w));
 #ifdef WITH_FORK
@@ -504,7 +510,7 @@ proctype unmap(byte w) {
 /* mremap of the first window to where the second will be. The kernel moves PUD entries. */
 proctype mremap() {
 	byte s;
-	bool changed, missing;
+	bool changed, lacks;
 
 	write_lock(0);
 	window_new(1, true);			/* window_open() */
@@ -518,7 +524,8 @@ proctype mremap() {
 	guest_end(0);
 	closing[1] = false;			/* window_mremap() */
 	owned[1] = true;
-	mshare_graft_all(1);
+	mshare_host_tables(1);
+	mshare_graft_all(1, true);
 	d_step { mapped[0] = false; mapped[1] = true };
 	guest_start(0, true);
 	zap(0);
@@ -624,8 +631,9 @@ inline thaw() {
 		if
 		:: w == NONE -> break
 		:: else ->
+			mshare_host_tables(w);
 			read_lock(GUEST(w));
-			if :: vma[w] -> mshare_graft_all(w) :: else fi;
+			if :: vma[w] -> mshare_graft_all(w, false) :: else fi;
 			read_unlock(GUEST(w))
 		fi
 	od
@@ -679,7 +687,7 @@ proctype holder(byte g) {
 /* UNMAP or CREATE_MAPPING of the first slot. */
 proctype mshare_layout() {
 	byte w, s;
-	bool changed, missing;
+	bool changed, lacks;
 
 #ifdef BREAK_ORDER
 	d_step { freed[host_pud[0]] = true; host_pud[0] = 0; present[0] = false };
