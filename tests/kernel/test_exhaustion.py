@@ -190,8 +190,8 @@ def test_layout_change_without_memory(region: int) -> None:
     with abi.cgroup("limit", **{"swap.max": "0"}) as folder:
         child = abi.within(folder, limited, folder)
         while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-            # should it need memory of its own while there is none
-            time.sleep(0.3)
+            # should it need memory of its own while there is none; longer than a slow change takes
+            time.sleep(1.5)
             Path(f"{folder}/memory.max").write_text("max")
         told = child.result()
     refused = [each for each in told if each[0]]
