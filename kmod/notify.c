@@ -9,12 +9,14 @@
  */
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/wait_bit.h>
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
 
 static DEFINE_SPINLOCK(known_lock);	/* innermost; guests that hold our own reference */
 static LIST_HEAD(known_guests);
+static atomic_t live_guests;		/* made and not freed yet */
 
 /*
  * Unmapping and moving are the two operations that free or move the tables
@@ -103,12 +105,15 @@ static struct mmu_notifier *guest_alloc(struct mm_struct *mm)
 	spin_lock_init(&guest->lock);
 	INIT_LIST_HEAD(&guest->windows);
 	INIT_LIST_HEAD(&guest->known);
+	atomic_inc(&live_guests);
 	return &guest->mn;
 }
 
 static void guest_free(struct mmu_notifier *mn)
 {
 	kfree(container_of(mn, struct mshare_guest, mn));
+	if (atomic_dec_and_test(&live_guests))
+		wake_up_var(&live_guests);
 }
 
 static const struct mmu_notifier_ops guest_ops = {
@@ -186,6 +191,9 @@ void mshare_guests_forget(void)
 	}
 	/* they are freed behind a grace period, in which a release may still run */
 	mmu_notifier_synchronize();
+	/* by callbacks, which may be queued for long; the last may still be about to return */
+	wait_var_event(&live_guests, !atomic_read(&live_guests));
+	synchronize_rcu();
 }
 
 /*
