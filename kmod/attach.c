@@ -11,6 +11,8 @@
 #include "compat.h"
 #include "mshare.h"
 
+static struct mempolicy *policy;
+
 static void window_free(struct kref *ref)
 {
 	struct mshare_window *win = container_of(ref, struct mshare_window, ref);
@@ -160,14 +162,29 @@ static int window_mprotect(struct vm_area_struct *vma, unsigned long start, unsi
 }
 
 /*
- * A policy of its own, which does not say that pages follow their users: without one
- * the NUMA scanner goes by the task's, and has the window taken apart to look at it.
+ * Windows have a policy, which does not say that pages follow their users: without
+ * one the NUMA scanner goes by the task's, and has the window taken apart to look.
  */
 static struct mempolicy *window_policy(MSHARE_POLICY_ARGS)
 {
-	static struct mempolicy local = { .refcnt = ATOMIC_INIT(1), .mode = MPOL_LOCAL };
+	return policy;
+}
 
-	return &local;
+int mshare_attach_init(void)
+{
+	policy = kzalloc(sizeof(*policy), GFP_KERNEL);
+	if (!policy)
+		return -ENOMEM;
+	atomic_set(&policy->refcnt, 1);
+	policy->mode = MPOL_LOCAL;
+	return 0;
+}
+
+/* No window is left. Who still holds it, in get_mempolicy(), only counts it down. */
+void mshare_attach_exit(void)
+{
+	if (atomic_read(&policy->refcnt) == 1)
+		kfree(policy);
 }
 
 /* May come under the VMA's lock alone, which the host's fault cannot do with. */

@@ -70,9 +70,12 @@ static int __init mshare_init(void)
 		       err);
 		return err;
 	}
-	err = mshare_region_init();
+	err = mshare_attach_init();
 	if (err)
 		return err;
+	err = mshare_region_init();
+	if (err)
+		goto no_region;
 	err = sysfs_create_mount_point(fs_kobj, "mshare");
 	if (err)
 		goto no_mount_point;
@@ -85,6 +88,8 @@ no_filesystem:
 	sysfs_remove_mount_point(fs_kobj, "mshare");
 no_mount_point:
 	mshare_region_exit();
+no_region:
+	mshare_attach_exit();
 	return err;
 }
 
@@ -94,6 +99,7 @@ static void __exit mshare_exit(void)
 	sysfs_remove_mount_point(fs_kobj, "mshare");
 	mshare_guests_forget();
 	mshare_region_exit();
+	mshare_attach_exit();
 }
 
 module_init(mshare_init);

@@ -154,8 +154,12 @@ int mshare_host_map(struct file *file, unsigned long addr, unsigned long size, u
 /* layout.c */
 int mshare_layout(struct mshare_region *r, unsigned int op, bool notify,
 		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size);
+int mshare_change(struct mshare_region *r, unsigned int op, bool notify,
+		  int (*fn)(struct mshare_region *r, void *arg), void *arg, u64 offset, u64 size);
 void mshare_settle(struct mshare_region *r, bool done);
 void mshare_lose_patience(struct work_struct *work);
+
+/* map.c */
 int mshare_layout_try(struct file *file, const struct mshare_create *req);
 int mshare_layout_map(struct mshare_region *r, struct file *file,
 		      const struct mshare_create *req);
@@ -179,6 +183,8 @@ bool mshare_keeps(struct mshare_region *r, u64 offset, u64 size);
 bool mshare_may_attach(const struct mshare_region *r);
 
 /* attach.c */
+int mshare_attach_init(void);
+void mshare_attach_exit(void);
 int mshare_mmap(struct file *file, struct vm_area_struct *vma);
 unsigned long mshare_get_unmapped_area(struct file *file, unsigned long addr, unsigned long len,
 				       unsigned long pgoff, unsigned long flags);

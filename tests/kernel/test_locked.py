@@ -271,7 +271,7 @@ def test_library(path: str) -> None:
     name = os.path.basename(path)
     with mshare.create(name, size=SIZE, locked=True) as region:
         assert region.size == SIZE
-        with pytest.raises(OSError, match="while a process has it attached") as caught:
+        with pytest.raises(OSError, match="as this one, has it attached") as caught:
             region.protect(0, PAGE, readonly=True)
         assert caught.value.errno == errno.EBUSY
         counters = msharefs.Msharefs().counters(name)

@@ -433,11 +433,13 @@ def test_protect_meets_collapse(path: str) -> None:
     window = abi.mmap(region)
     room = abi.mmap(-1, 2 * HUGE, READ, abi.PRIVATE | abi.ANONYMOUS)
     own = abi.mmap(content, HUGE, RW, abi.SHARED | abi.FIXED, (room + HUGE - 1) & -HUGE)
+    met = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS))
 
     def collapse() -> None:
         abi.touch(own, 1, step=PAGE, count=HUGE // PAGE)
         with suppress(OSError):  # the pages are in use by the other
             abi.madvise(own, HUGE, COLLAPSE)
+            met[0] = 1
         abi.punch(content, 0, PAGE)
 
     def protect() -> None:
@@ -450,6 +452,7 @@ def test_protect_meets_collapse(path: str) -> None:
 
     with meanwhile(collapse):
         for_a_while(protect)
+    assert met[0], "nothing was collapsed: the test would not see it"
     abi.munmap(window)
     os.close(region)
     os.close(content)

@@ -191,9 +191,9 @@ def _prot(readonly: bool) -> int:
 _REASONS = {
     errno.EOPNOTSUPP: "only regular files in the page cache can be shared (no hugetlbfs, no DAX)",
     errno.EACCES: "the region, or the file, is not open for writing",
-    errno.ENOMEM: "no memory for it, or for a locked region more than ulimit -l",
+    errno.ENOMEM: "no memory for it (here or in its cgroup), or locked and more than ulimit -l",
     errno.EINVAL: "the kernel module refused the range",
-    errno.EBUSY: "what a locked region holds stays while a process has it attached",
+    errno.EBUSY: "what a locked region holds stays while a process, as this one, has it attached",
     errno.EPERM: "this user may lock no memory: see ulimit -l",
 }
 
