@@ -513,7 +513,10 @@ static int change_mapping(void)
 	switch (below(8)) {
 	case 0: return result(syscall(SYS_pkey_mprotect, place(), amount(), protection,
 				      PICK(-1, 0, 1)));
-	case 1: return result(syscall(SYS_remap_file_pages, place(), slots(), 0, below(4), 0));
+	case 1:
+		/* this brings in all there is, a window's as well as a gigabyte of other memory */
+		return result(syscall(SYS_remap_file_pages, place(),
+				      below(16) ? about(16 * PAGE) : slots(), 0, below(4), 0));
 	case 2: return result(prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, slot(), slots(), "name"));
 	case 3: return below(16) ? 0 : result(syscall(462 /* mseal */, slot(), slots(), 0));
 	case 4: return result(msync(place(), slots(), PICK(1, 2, 4, 6, 8)));
