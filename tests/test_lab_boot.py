@@ -259,7 +259,9 @@ def test_dry_run(newest: str) -> None:
     """The command line of QEMU, without starting it."""
     done = lab("--accel", "tcg", "--no-module", "--cpus", "3", "--dry-run", "--", "true")
     assert done.returncode == 0
-    assert BINARY in done.stdout and "-smp 3" in done.stdout
+    assert BINARY in done.stdout and "-smp 3" in done.stdout and "thread=multi" in done.stdout
+    done = lab("--accel", "tcg", "--no-module", "--one-thread", "--dry-run", "--", "true")
+    assert "thread=single" in done.stdout
     assert "readonly=on" in " ".join(command_line(["true"], Options(module=False, accel="tcg")))
 
 

@@ -35,6 +35,7 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
     add("--cpus", type=int, default=2, metavar="N", help="of the machine (2)")
     add("--timeout", type=float, metavar="S", help="seconds, boot included (600; for a shell none)")
     add("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="auto: KVM if it boots")
+    add("--one-thread", action="store_true", help="emulated processors take turns")
     add("--disk", metavar="SIZE", help="an empty ext4 disk at /mnt/disk")
     add("--swap", metavar="SIZE", help="a swap device")
     add("--hugepages", type=int, default=0, metavar="N", help="huge pages of 2 MiB to reserve")
@@ -80,6 +81,7 @@ def _options(args: argparse.Namespace, terminal: tuple[int, int] | None) -> Opti
         cpus=args.cpus,
         timeout=timeout,
         accel=args.accel,
+        one_thread=args.one_thread,
         cpu_model=args.cpu_model,
         module=False if args.no_module else args.module or True,
         disk=parse_size(args.disk) if args.disk else 0,

@@ -28,7 +28,8 @@ class Options:
 
     ``kernel`` is a series, a path, or ``None`` for the newest installed; ``module`` is ``True``
     for the one of this checkout, a folder of sources, a ``.ko`` file, or ``False``. ``write`` is
-    a folder of the host that the command may write to. ``terminal`` is ``(columns, rows)`` for
+    a folder of the host that the command may write to. ``one_thread`` has emulated processors take
+    turns, for a machine that shares the host's with others. ``terminal`` is ``(columns, rows)`` for
     an interactive command.
     """
 
@@ -38,6 +39,7 @@ class Options:
     timeout: float = 600.0
     boot_timeout: float = 180.0
     accel: str = "auto"
+    one_thread: bool = False
     cpu_model: str = ""
     module: bool | Path = True
     disk: int = 0
@@ -131,6 +133,7 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
             memory=options.memory,
             cpus=options.cpus,
             accel=accel,
+            one_thread=options.one_thread,
             cpu_model=options.cpu_model,
             kernel_args=options.kernel_args,
             hugepages=options.hugepages,

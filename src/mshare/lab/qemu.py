@@ -37,6 +37,7 @@ class Machine:
     memory: int = 2 << 30
     cpus: int = 2
     accel: str = "tcg"
+    one_thread: bool = False
     cpu_model: str = ""
     kernel_args: str = ""
     hugepages: int = 0
@@ -77,7 +78,11 @@ def command_line(
     # With la57 an emulated page walk has a fifth level, which KASAN kernels do not survive.
     model = machine.cpu_model or ("host" if kvm else "max,la57=off")
     command = [find_qemu(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-    command += ["-machine", "q35", "-accel", "kvm" if kvm else "tcg,thread=multi", "-cpu", model]
+    # On one thread a processor that waits for another hands over to it: several machines can share
+    # the host's processors without waiting for each other.
+    thread = "single" if machine.one_thread else "multi"
+    accel = "kvm" if kvm else f"tcg,thread={thread}"
+    command += ["-machine", "q35", "-accel", accel, "-cpu", model]
     command += ["-smp", str(machine.cpus), "-m", f"{machine.memory >> 20}M"]
     command += ["-kernel", str(boot_image(machine.kernel.image)), "-initrd", initramfs]
     command += ["-append", " ".join(arguments)]
