@@ -11,6 +11,8 @@ DURATION := 3m
 STEPS := 100000
 CALLS := 1000000
 SEED := 1
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 .DEFAULT_GOAL := help
@@ -60,12 +62,14 @@ types: setup
 unit: setup
 	$(BIN)/pytest
 
-# one after the other: two machines that have to share processors wait for each other's interrupts
-kernel: setup $(KERNELS:%=kernel-%)
+# side by side, on one thread each: two machines that have to share processors would wait for each
+# other's interrupts
+kernel: setup
+	$(MAKE) --no-print-directory --jobs=2 $(KERNELS:%=kernel-%)
 
 kernel-%: setup
-	tools/in-lab $* --memory 3G --disk 2G --swap 512M --hugepages 8 --timeout 2400 -- \
-		$(BIN)/pytest -p no:cacheprovider $(LAB_TESTS)
+	tools/in-lab $* --one-thread --memory 3G --disk 2G --swap 512M --hugepages 8 --timeout 3600 -- \
+		$(BIN)/pytest -p no:cacheprovider $(LAB_TESTS) 2>&1 | sed --unbuffered 's/^/$*: /'
 
 # make storm KERNELS=debug-6.12 LAB="--memory 4G --timeout 3600" on a kernel that needs more
 storm: setup $(KERNELS:%=storm-%)
@@ -89,7 +93,7 @@ oracle-%: setup
 fuzz: $(KERNELS:%=fuzz-%)
 
 fuzz-%: setup
-	tools/in-lab $* --memory 3G --timeout 7200 -- \
+	tools/in-lab $* --memory 3G --timeout 7200 $(LAB) -- \
 		$(BIN)/python -m tests.security.run_fuzz --calls $(CALLS) --seed $(SEED)
 
 lab-kernels: $(DETECTORS:%=lab-kernel-%)
@@ -100,7 +104,8 @@ lab-kernel-%:
 test-debug: $(DETECTORS:%=test-on-%)
 
 test-on-%: setup lab-kernel-%
-	tools/in-lab $* --memory 5G --disk 2G --swap 512M --hugepages 8 --timeout 7200 -- \
+	tools/in-lab $* --memory 5G --disk 2G --swap 512M --hugepages 8 --timeout 7200 \
+		$(LAB) -- \
 		$(BIN)/pytest -p no:cacheprovider tests/kernel tests/inject
 
 detectors: setup lab-kernels

@@ -241,7 +241,7 @@ static int make_region(void)
 {
 	int fd = below(2) ? open(folder, O_TMPFILE | O_RDWR, 0600) :
 			    open(path(0), O_CREAT | O_RDWR, 0600);
-	struct mshare_create req = { .size = below(40) ? PICK(PAGE, HUGE, 2 * HUGE) : SLOT, .prot = 3,
+	struct mshare_create req = { .size = below(200) ? PICK(PAGE, HUGE, 2 * HUGE) : SLOT, .prot = 3,
 				     .flags = MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS };
 
 	if (fd >= 0 && !ftruncate(fd, SLOT * PICK(1, 2, 3)))
@@ -748,9 +748,14 @@ static void *calls(void *number)
 static void worker(int number)
 {
 	struct sigaction action = { .sa_handler = on_fault, .sa_flags = SA_NODEFER };
+	int killable = open("/proc/self/oom_score_adj", O_WRONLY);
 	pthread_t threads[THREADS];
 
 	shared->pids[number] = getpid();
+	/* when the group is full one of these is to be killed, not the first process */
+	if (write(killable, "0", 1) != 1)
+		_exit(1);
+	close(killable);
 	sigaction(SIGSEGV, &action, NULL);
 	sigaction(SIGBUS, &action, NULL);
 	low = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
@@ -849,7 +854,7 @@ int main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 }, locked = { 1 << 20, 1 << 20 };
 	bool one = argc > 4;
-	unsigned long wanted;
+	unsigned long wanted, told = 0;
 
 	if (argc < 4)
 		return 2;
@@ -879,6 +884,10 @@ int main(int argc, char **argv)
 		if (left) {
 			printf("round %lu left %d things\n", round_number, left);
 			break;
+		}
+		if (shared->calls * 20 / wanted > told) {
+			told = shared->calls * 20 / wanted;
+			fprintf(stderr, "%lu calls\n", shared->calls);
 		}
 		round_number++;
 	} while (!one && shared->calls < wanted);
