@@ -93,7 +93,7 @@ oracle-%: setup
 fuzz: $(KERNELS:%=fuzz-%)
 
 fuzz-%: setup
-	tools/in-lab $* --memory 3G --timeout 7200 $(LAB) -- \
+	tools/in-lab $* --one-thread --memory 3G --timeout 7200 $(LAB) -- \
 		$(BIN)/python -m tests.security.run_fuzz --calls $(CALLS) --seed $(SEED)
 
 lab-kernels: $(DETECTORS:%=lab-kernel-%)

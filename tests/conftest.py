@@ -96,7 +96,7 @@ def python() -> SubPython:
             env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300 if LAB else 120,
             check=False,
         )
 

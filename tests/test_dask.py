@@ -63,6 +63,7 @@ def cluster(workers: int) -> Iterator[Client]:
     patience = {
         "distributed.comm.timeouts.connect": "300s",
         "distributed.comm.timeouts.tcp": "300s",
+        "distributed.deploy.lost-worker-timeout": "300s",
     }
     with (
         dask.config.set(patience),

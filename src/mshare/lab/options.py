@@ -37,7 +37,7 @@ class Options:
     memory: int = 2 << 30
     cpus: int = 2
     timeout: float = 600.0
-    boot_timeout: float = 180.0
+    boot_timeout: float = 300.0
     accel: str = "auto"
     one_thread: bool = False
     cpu_model: str = ""
