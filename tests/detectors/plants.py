@@ -44,7 +44,6 @@ def lab(
     bug: str,
     memory: int,
     kernel_args: str = "",
-    one_thread: bool = False,
 ) -> Result:
     """Run a command over the module with a bug; ``NOTHING`` is none."""
     need(kernel)
@@ -52,7 +51,6 @@ def lab(
         kernel=kernel,
         memory=memory,
         timeout=900,
-        one_thread=one_thread,
         module=sources(folder, bug),
         disk=GIB,
         swap=GIB // 2,

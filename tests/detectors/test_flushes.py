@@ -38,9 +38,9 @@ FLUSHES = {
     ("bug", "test"), [(bug, test) for bug, tests in FLUSHES.items() for test in tests]
 )
 def test_missed(kernel: str, bug: str, test: str, tmp_path: Path) -> None:
-    """The test fails, or the machine does; on one thread, as ``make kernel`` runs it."""
+    """The test fails, or the machine does."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", test]
-    result = lab(command, kernel, tmp_path, bug, 3 * GIB, one_thread=True)
+    result = lab(command, kernel, tmp_path, bug, 3 * GIB)
     output = result.stdout.decode(errors="replace")
     if result.status == EXIT_REPORT:
         assert result.reports
