@@ -26,6 +26,13 @@ _PROBE_MARK = b"mshare-lab: kvm works"
 #: 20 seconds is none. A real one is still reported, after a minute. Their time stamp counters
 #: agree, which the kernel doubts.
 _EMULATED = "watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 tsc=reliable"
+
+#: Processors that take turns get twice that.
+_IN_TURN = "watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 tsc=reliable"
+
+#: With la57 an emulated page walk has a fifth level, which KASAN kernels do not survive. With erms
+#: and fsrm kernels clear and copy pages byte by byte, which an emulator does at a third of the speed.
+EMULATED_CPU = "max,la57=off,erms=off,fsrm=off"
 _ROOT = "security_model=none,multidevs=remap"
 
 
@@ -70,13 +77,12 @@ def command_line(
     kvm = machine.accel == "kvm"
     arguments = ["console=ttyS0", "ignore_loglevel", "panic=-1", "oops=panic"]
     if not kvm:
-        arguments.append(_EMULATED)
+        arguments.append(_IN_TURN if machine.one_thread else _EMULATED)
     if machine.hugepages:
         arguments.append(f"hugepages={machine.hugepages}")
     if machine.kernel_args:
         arguments.append(machine.kernel_args)
-    # With la57 an emulated page walk has a fifth level, which KASAN kernels do not survive.
-    model = machine.cpu_model or ("host" if kvm else "max,la57=off")
+    model = machine.cpu_model or ("host" if kvm else EMULATED_CPU)
     command = [find_qemu(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     # On one thread a processor that waits for another hands over to it: several machines can share
     # the host's processors without waiting for each other.
