@@ -31,8 +31,8 @@ _EMULATED = "watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 tsc=reliable"
 _IN_TURN = "watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 tsc=reliable"
 
 #: With la57 an emulated page walk has a fifth level, which KASAN kernels do not survive. With erms
-#: and fsrm kernels clear and copy pages byte by byte, which an emulator does at a third of the speed.
-EMULATED_CPU = "max,la57=off,erms=off,fsrm=off"
+#: and fsrm kernels clear and copy pages byte by byte, which takes an emulator three times as long.
+_EMULATED_CPU = "max,la57=off,erms=off,fsrm=off"
 _ROOT = "security_model=none,multidevs=remap"
 
 
@@ -82,7 +82,7 @@ def command_line(
         arguments.append(f"hugepages={machine.hugepages}")
     if machine.kernel_args:
         arguments.append(machine.kernel_args)
-    model = machine.cpu_model or ("host" if kvm else EMULATED_CPU)
+    model = machine.cpu_model or ("host" if kvm else _EMULATED_CPU)
     command = [find_qemu(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     # On one thread a processor that waits for another hands over to it: several machines can share
     # the host's processors without waiting for each other.
