@@ -754,7 +754,7 @@ static void worker(int number)
 	shared->pids[number] = getpid();
 	/* when the group is full one of these is to be killed, not the first process */
 	if (write(killable, "0", 1) != 1)
-		_exit(1);
+		perror("oom_score_adj");
 	close(killable);
 	sigaction(SIGSEGV, &action, NULL);
 	sigaction(SIGBUS, &action, NULL);
