@@ -15,6 +15,7 @@ DURATION := 3m
 STEPS := 100000
 CALLS := 1000000
 SEED := 1
+# a failure on the left of a pipe is one
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -45,7 +45,8 @@
 #define HUGE	(2UL << 20)
 #define SLOT	(1UL << 30)
 #define ARENA	(1UL << 45)	/* nothing else is below 1 << 46 */
-enum { SLOTS = 10, WORKERS = 4, THREADS = 2, BATCH = 1000, FDS = 40, FIRST_FD = 20, SECONDS = 180 };
+enum { SLOTS = 10, WORKERS = 4, THREADS = 2, BATCH = 1000, FDS = 40, FIRST_FD = 20, SECONDS = 180,
+       PROGRESS = 50000 };
 enum { ERRNOS = 134, MAX_KINDS = 64 };
 
 static struct shared {
@@ -885,8 +886,8 @@ int main(int argc, char **argv)
 			printf("round %lu left %d things\n", round_number, left);
 			break;
 		}
-		if (shared->calls * 20 / wanted > told) {
-			told = shared->calls * 20 / wanted;
+		if (shared->calls / PROGRESS > told) {
+			told = shared->calls / PROGRESS;
 			fprintf(stderr, "%lu calls\n", shared->calls);
 		}
 		round_number++;

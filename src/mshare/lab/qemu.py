@@ -22,14 +22,6 @@ KVM = Path("/dev/kvm")
 PROBE_SECONDS = 5.0
 _PROBE_MARK = b"mshare-lab: kvm works"
 
-#: Emulated processors are slow, and their host may be busy: what looks like a stall after
-#: 20 seconds is none. A real one is still reported, after a minute. Their time stamp counters
-#: agree, which the kernel doubts.
-_EMULATED = "watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 tsc=reliable"
-
-#: Processors that take turns get twice that.
-_IN_TURN = "watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 tsc=reliable"
-
 #: With la57 an emulated page walk has a fifth level, which KASAN kernels do not survive. With erms
 #: and fsrm kernels clear and copy pages byte by byte, which takes an emulator three times as long.
 _EMULATED_CPU = "max,la57=off,erms=off,fsrm=off"
@@ -77,7 +69,7 @@ def command_line(
     kvm = machine.accel == "kvm"
     arguments = ["console=ttyS0", "ignore_loglevel", "panic=-1", "oops=panic"]
     if not kvm:
-        arguments.append(_IN_TURN if machine.one_thread else _EMULATED)
+        arguments.append(_patience(120 if machine.one_thread else 60))
     if machine.hugepages:
         arguments.append(f"hugepages={machine.hugepages}")
     if machine.kernel_args:
@@ -109,6 +101,15 @@ def command_line(
         drive = f"file=/proc/self/fd/{fd},id={serial},format=raw,if=none,cache=unsafe,discard=unmap"
         command += ["-drive", drive, "-device", f"virtio-blk-pci,drive={serial},serial={serial}"]
     return command
+
+
+def _patience(seconds: int) -> str:
+    """Emulated processors are slow, and their host may be busy: what looks like a stall after
+    20 seconds is none. A real one is still reported, after ``seconds``. Their time stamp counters
+    agree, which the kernel doubts.
+    """
+    stall = f"watchdog_thresh={seconds // 2} rcupdate.rcu_cpu_stall_timeout={seconds}"
+    return f"{stall} tsc=reliable"
 
 
 def start(
