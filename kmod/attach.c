@@ -2,9 +2,10 @@
 /*
  * Windows: a guest's mapping of a region, from mmap to close.
  *
- * Locks: all but may_split and get_policy run with the guest's mmap_lock held
- * for write, or in exit. The notifier is registered under it, as is the walk
- * that grafts; a window joins its region's list and its guest's list before.
+ * Locks: all but ->fault and ->get_policy run with the guest's mmap_lock held for
+ * write, or in exit; ->close also for read, when munmap has taken the mapping out and
+ * then let readers in. The notifier is registered under it, as is the walk that
+ * grafts; a window joins its region's list and its guest's list before.
  */
 #include <linux/mman.h>
 #include <linux/slab.h>
@@ -19,11 +20,6 @@ static void window_free(struct kref *ref)
 
 	mmu_notifier_put(&win->guest->mn);
 	kvfree(win);
-}
-
-void mshare_window_get(struct mshare_window *win)
-{
-	kref_get(&win->ref);
 }
 
 void mshare_window_put(struct mshare_window *win)
@@ -87,7 +83,7 @@ static void window_close(struct vm_area_struct *vma)
 	list_del(&win->of_region);
 	spin_unlock(&win->region->lock);
 	atomic_dec(&win->region->nr_windows);
-	win->vma = NULL;
+	WRITE_ONCE(win->vma, NULL);	/* a thaw may look, which the lock for read lets in */
 	mshare_window_put(win);
 }
 
@@ -139,8 +135,6 @@ static int window_mremap(struct vm_area_struct *vma)
 {
 	struct mshare_window *win = vma->vm_private_data;
 
-	if ((vma->vm_start | vma->vm_end) & ~SLOT_MASK)
-		return -EINVAL;
 	if (!win)
 		return -ENOMEM;
 	spin_lock(&win->guest->lock);
@@ -266,6 +260,9 @@ unsigned long mshare_get_unmapped_area(struct file *file, unsigned long addr, un
 {
 	unsigned long found;
 
+	/* refused here, mmap and mremap have not taken out yet what is there */
+	if (flags & MAP_FIXED && (addr | len) & ~SLOT_MASK)
+		return -EINVAL;
 	if (flags & MAP_FIXED)
 		return mshare_search(file, addr, len, flags);
 	if (len > TASK_SIZE - SLOT_SIZE)

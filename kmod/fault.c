@@ -12,7 +12,6 @@
  */
 #include <linux/file.h>
 #include <linux/sched.h>
-#include <linux/sched/signal.h>
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
@@ -23,6 +22,12 @@
 static bool may_unlock(const struct vm_fault *vmf)
 {
 	return (vmf->flags & FAULT_FLAG_ALLOW_RETRY) && !(vmf->flags & FAULT_FLAG_RETRY_NOWAIT);
+}
+
+/* A freeze that lost its patience, and has begun anew since, has let everybody go once. */
+static bool thawed(struct mshare_region *r, unsigned int pass)
+{
+	return !READ_ONCE(r->frozen) || READ_ONCE(r->pass) != pass;
 }
 
 /*
@@ -36,6 +41,7 @@ static vm_fault_t wait_for_thaw(struct vm_fault *vmf)
 {
 	struct mshare_window *win = vmf->vma->vm_private_data;
 	struct mshare_region *r = win->region;
+	unsigned int pass = READ_ONCE(r->pass);
 	struct file *file;
 
 	if (!(vmf->flags & FAULT_FLAG_ALLOW_RETRY))
@@ -47,9 +53,9 @@ static vm_fault_t wait_for_thaw(struct vm_fault *vmf)
 	file = get_file(vmf->vma->vm_file);
 	mshare_fault_unlock(vmf);
 	if (vmf->flags & FAULT_FLAG_KILLABLE)
-		wait_event_killable(r->thaw, !READ_ONCE(r->frozen));
+		wait_event_killable(r->thaw, thawed(r, pass));
 	else
-		wait_event(r->thaw, !READ_ONCE(r->frozen));
+		wait_event(r->thaw, thawed(r, pass));
 	fput(file);
 	return VM_FAULT_RETRY;
 }

@@ -10,7 +10,6 @@
 #include <linux/fs_context.h>
 #include <linux/module.h>
 #include <linux/pagemap.h>
-#include <linux/slab.h>
 #include <linux/statfs.h>
 #include "compat.h"
 #include "mshare.h"

@@ -7,7 +7,6 @@
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <linux/mman.h>
-#include <linux/pagemap.h>
 #include <linux/uaccess.h>
 #include <linux/user_namespace.h>
 #include "mshare.h"
@@ -62,7 +61,7 @@ static long create_mapping(struct mshare_region *r, void __user *arg)
 	const u32 known = MAP_TYPE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE |
 			  MAP_LOCKED;
 	struct mshare_create req;
-	struct file *file = NULL;
+	struct file *file;
 	u64 end;
 	int err;
 

@@ -14,13 +14,14 @@
  * the freeze. So does one that has to wait long, and starts over when it has not.
  */
 #include <linux/fs.h>
-#include <linux/sched/signal.h>
+#include <linux/sched.h>
 #include "compat.h"
 #include "mshare.h"
 #include "trace.h"
 
 #define PATIENCE	(HZ / 2)
 #define MOST_PATIENCE	(4UL * HZ)	/* less than wait_for_thaw() has */
+#define PAUSE		(HZ / 50)
 
 /* region->lock held. Those of this pass are at the end of the list. */
 static void mark(struct mshare_window *win)
@@ -38,7 +39,7 @@ static struct mshare_window *next_window(struct mshare_region *r)
 	win = list_first_entry_or_null(&r->windows, struct mshare_window, of_region);
 	if (win && win->pass != r->pass) {
 		mark(win);
-		mshare_window_get(win);
+		kref_get(&win->ref);
 	} else {
 		win = NULL;
 	}
@@ -113,7 +114,7 @@ static void thaw(struct mshare_region *r)
 		mshare_host_tables(win);
 		err = mmap_read_lock_killable(mshare_mm(win));
 		if (!err) {
-			if (win->vma)
+			if (READ_ONCE(win->vma))
 				mshare_graft_all(win, false);
 			mmap_read_unlock(mshare_mm(win));
 		}
@@ -133,6 +134,7 @@ static int freeze(struct mshare_region *r)
 {
 	unsigned long patience = PATIENCE;
 	struct mshare_window *win;
+	bool anew;
 	int err;
 
 	begin(r);
@@ -145,9 +147,10 @@ static int freeze(struct mshare_region *r)
 		cancel_delayed_work_sync(&r->patience);
 		if (mshare_planted(LOCK_ORDER))
 			mmap_read_unlock(r->mm);
+		anew = !r->frozen;
 		if (!err) {
-			if (!r->frozen) {
-				/* anew, with this one, which is at hand; and with more patience */
+			if (anew) {
+				/* with this one, which is at hand; and with more patience */
 				begin(r);
 				patience = min(2 * patience, MOST_PATIENCE);
 			}
@@ -160,6 +163,9 @@ static int freeze(struct mshare_region *r)
 			thaw(r);
 			return err;
 		}
+		/* who waited has been woken, and may not have run yet */
+		if (anew)
+			schedule_timeout_killable(PAUSE);
 	}
 	return 0;
 }

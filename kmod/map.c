@@ -18,7 +18,7 @@
 #include <linux/slab.h>
 #include "mshare.h"
 
-/* What of the region's own files a change takes out. */
+/* What a change takes out of files. */
 struct parts {
 	struct mshare_region *r;
 	struct list_head list;
@@ -36,8 +36,6 @@ static int remember(struct file *file, loff_t pos, loff_t len, void *data)
 	struct parts *parts = data;
 	struct part *part;
 
-	if (!mshare_shmem_owned(parts->r, file))
-		return 0;
 	part = kmalloc(sizeof(*part), GFP_KERNEL);
 	if (!part)
 		return -ENOMEM;
@@ -47,15 +45,17 @@ static int remember(struct file *file, loff_t pos, loff_t len, void *data)
 }
 
 /*
- * Give back the memory, which is not mapped any more. Other parts of the same file may
- * be, so the last fput is not enough. Nobody waits for it: it comes after the thaw.
+ * Give back the memory of the region's own, which is not mapped any more. Other parts of
+ * the same file may be, so the last fput is not enough. Nobody waits for it: it comes
+ * after the thaw. A file of others is let go here, by the caller: with the last fput on
+ * the worker it would be closed some time after the call.
  */
 static void let_go(struct parts *parts, bool taken_out)
 {
 	struct part *part, *next;
 
 	list_for_each_entry_safe(part, next, &parts->list, list) {
-		if (taken_out)
+		if (taken_out && mshare_shmem_owned(parts->r, part->file))
 			vfs_fallocate(part->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 				      part->pos, part->len);
 		fput(part->file);

@@ -96,7 +96,7 @@ struct mshare_window {
 	struct kref ref;
 	struct mshare_region *region;
 	struct mshare_guest *guest;	/* holds a reference to the notifier */
-	struct vm_area_struct *vma;	/* NULL after close; under the guest's mmap_lock */
+	struct vm_area_struct *vma;	/* NULL after close; see attach.c */
 	unsigned long start, end;	/* addresses in the guest */
 	unsigned long host;		/* where start lies in the host mm */
 	struct list_head of_region, of_guest;
@@ -188,7 +188,6 @@ void mshare_attach_exit(void);
 int mshare_mmap(struct file *file, struct vm_area_struct *vma);
 unsigned long mshare_get_unmapped_area(struct file *file, unsigned long addr, unsigned long len,
 				       unsigned long pgoff, unsigned long flags);
-void mshare_window_get(struct mshare_window *win);
 void mshare_window_put(struct mshare_window *win);
 void mshare_set_ops(struct mshare_window *win);
 

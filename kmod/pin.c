@@ -136,8 +136,8 @@ int mshare_pin(struct mshare_region *r, struct mshare_pinning *p, u64 offset, u6
 }
 
 /*
- * All guests are drained: a window that is not counted yet cannot hand on a page
- * before the thaw.
+ * What this says is final with all guests drained: a window that is not counted yet
+ * cannot hand on a page before the thaw.
  */
 bool mshare_keeps(struct mshare_region *r, u64 offset, u64 size)
 {

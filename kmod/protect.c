@@ -17,7 +17,6 @@
 #include <linux/swapops.h>
 #include "compat.h"
 #include "mshare.h"
-#include "trace.h"
 
 /* One mapping, or the part of it that lies in the range. */
 struct piece {

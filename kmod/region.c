@@ -7,9 +7,9 @@
  * and the host mm goes the way of any mm, together with all tables below the
  * grafted entries.
  *
- * Locks: mshare_regions_lock guards the list of all regions. What changes the
- * host mm, or makes it, runs on a kernel worker, under region->layout or the inode
- * lock that covers the setting of the size.
+ * Locks: mshare_regions_lock guards the list of all regions. What changes mappings of
+ * the host mm runs on a kernel worker, under region->layout; what makes it, under the
+ * inode lock, or before anybody else has the inode.
  */
 #include <linux/cred.h>
 #include <linux/file.h>
@@ -114,12 +114,10 @@ int mshare_host_map(struct file *file, unsigned long addr, unsigned long size, u
 /* Map one page that nobody touches: its slot's tables are the blank ones. */
 static int make_blank(struct mshare_region *r, struct mm_struct *mm, struct file *file)
 {
-	unsigned long addr;
-	int err;
+	int err = mshare_host_map(file, MSHARE_BLANK, PAGE_SIZE, PROT_READ, 0, 0);
 
-	addr = vm_mmap(file, MSHARE_BLANK, PAGE_SIZE, PROT_READ, MAP_SHARED | MAP_FIXED, 0);
-	if (IS_ERR_VALUE(addr))
-		return addr;
+	if (err)
+		return err;
 	mmap_write_lock(mm);
 	err = mshare_make_tables(mm, MSHARE_BLANK);
 	if (!err)
@@ -169,7 +167,10 @@ static int make_host(struct mshare_region *r, void *file)
 	return 0;
 }
 
-/* Inode lock held. A size is set once; setting it again to the same is no change. */
+/*
+ * Inode lock held, or nobody else has the inode. A size is set once; setting it again to
+ * the same is no change.
+ */
 int mshare_region_set_size(struct mshare_region *r, loff_t size)
 {
 	struct file *file;

@@ -8,8 +8,8 @@
  * fault takes what is there and never asks tmpfs for a page.
  *
  * Locks: in faults the guest's and the host's mmap_lock are held for read, and
- * the page's lock is taken. Adopting takes the host's mmap_lock for write, under
- * region->layout.
+ * the page's lock is taken. Adopting takes the host's mmap_lock for write, before
+ * anybody can touch what was mapped.
  */
 #include <linux/magic.h>
 #include <linux/pagemap.h>

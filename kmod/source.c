@@ -189,7 +189,8 @@ static struct file *mapped_file(unsigned long addr, u32 access)
 		file = ERR_PTR(-EFAULT);
 	else if (!(vma->vm_flags & VM_MAYSHARE))
 		file = ERR_PTR(-EINVAL);
-	else if (!vma->vm_file || !mshare_file_fits(vma->vm_file, true))
+	else if (!vma->vm_file || vma->vm_flags & VM_SPECIAL ||
+		 !mshare_file_fits(vma->vm_file, true))
 		file = ERR_PTR(-EOPNOTSUPP);
 	else if ((vma->vm_flags & rights) != rights ||
 		 (vma->vm_pgoff && !(vma->vm_flags & VM_SHARED)))

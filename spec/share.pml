@@ -58,6 +58,7 @@ byte host_pud[SLOTS], made[SLOTS];
 bool host_vma[SLOTS], present[SLOTS], page_gone[SLOTS], freed[TABLE(SLOTS, 0)];
 bool region_frozen, killed;
 byte nr_windows, patience = NONE;	/* the window for which the timer runs */
+bool released;				/* the last bit of region->pass, of those that release() counts */
 
 byte tlb[CPUS * WINDOWS * SLOTS];
 bool walking[CPUS];
@@ -236,7 +237,8 @@ inline wait_for_thaw(w, form) {
 	if
 	:: form == ANY -> !is_frozen(w); ret = NOPAGE	/* its time limit is left out */
 	:: form == NOWAIT -> ret = HELD
-	:: form == KILLABLE -> read_unlock(GUEST(w)); !region_frozen; ret = RETRY
+	:: form == KILLABLE -> seen = released; read_unlock(GUEST(w));
+		!region_frozen || released != seen; seen = false; ret = RETRY
 	fi
 }
 
@@ -302,7 +304,7 @@ inline evict(c, w, s) { if :: tlb[TLB(c, w, s)] = 0 :: true fi }
 /* A CPU that loads or stores, in any window and any slot. */
 proctype cpu(byte c) {
 	byte w, s, t, n, ret;
-	bool held;
+	bool held, seen;
 
 	do
 	:: n == ACCESSES -> break
@@ -346,7 +348,7 @@ next:		n++; w = 0; s = 0; ret = 0
 /* get_user_pages for another process, with every form of retry. */
 proctype remote(byte w) {
 	byte t, ret, form;
-	bool held;
+	bool held, seen;
 
 	users[GUEST(w)]++;
 	if :: form = ANY :: form = NOWAIT :: form = KILLABLE fi;
@@ -603,6 +605,7 @@ inline drain(g) {
 
 inline release() {
 	region_frozen = false;
+	released = !released;
 	next_pass();
 	if :: of_region[0] -> frozen[0] = false :: else fi;
 	if :: of_region[1] -> frozen[1] = false :: else fi

@@ -190,6 +190,28 @@ def test_windows_are_whole_slots(region: int) -> None:
     assert info(region).attachments == 0
 
 
+def test_refused_window_takes_nothing(region: int) -> None:
+    """What is at an address that is not aligned, or behind a length that is not, stays."""
+    there = abi.mmap(-1, 3 * SLOT, RW, abi.PRIVATE | abi.ANONYMOUS | 0x4000)
+    aligned = -(-there // SLOT) * SLOT
+    abi.put(aligned, b"here")
+    abi.put(aligned + PAGE, b"here")
+    fixed = abi.SHARED | abi.FIXED
+    with open("/proc/self/mem", "rb") as memory:  # an error, where a load would be SIGSEGV
+        for address, size in ((aligned + PAGE, SLOT), (aligned, SLOT - PAGE), (aligned, 2 * PAGE)):
+            refused(errno.EINVAL, abi.mmap, region, size, flags=fixed, address=address)
+            for page in (aligned, aligned + PAGE):
+                assert os.pread(memory.fileno(), 4, page) == b"here"
+    window = abi.mmap(region)
+    abi.put(window, b"region")
+    with pytest.raises(OSError, match="Errno"):
+        abi.mremap(window, SLOT, SLOT, 3, aligned + PAGE)
+    assert abi.get(window, 6) == b"region"
+    assert abi.get(aligned, 4) == b"here"
+    abi.munmap(window)
+    abi.munmap(there, 3 * SLOT)
+
+
 def test_addresses(path: str) -> None:
     """Any aligned address, the whole region or a part; without one, an aligned one."""
     fd = abi.make(path, 3 * SLOT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, SLOT
 
 SIZE = 8 << 20
+UMOUNT = 166
+"""umount2(2). The command takes so long that what is late has come by then."""
 
 
 def module_users() -> int:
@@ -334,6 +337,24 @@ def test_module_stays_while_used(tmp_path: Path) -> None:
     assert abi.get(address, 5) == b"there"
     abi.munmap(address)
     assert abi.settle(module_users, users) == users
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_is_let_go_at_once(path: str, tmp_path: Path, replaced: bool) -> None:
+    """When the call returns that takes a file out, its file system can be unmounted."""
+    fd, folder = abi.make(path), ctypes.create_string_buffer(os.fsencode(tmp_path))
+    for _ in range(20):
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path], check=True)
+        file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        os.ftruncate(file, SIZE)
+        abi.create_mapping(fd, size=SIZE, flags=abi.SHARED | abi.FIXED, fd=file)
+        os.close(file)
+        if replaced:
+            abi.create_mapping(fd, size=SIZE)
+        else:
+            abi.unmap(fd, 0, SIZE)
+        abi.syscall(UMOUNT, ctypes.addressof(folder), 0)
+    os.close(fd)
 
 
 def test_every_byte_shows(region: int, path: str) -> None:
