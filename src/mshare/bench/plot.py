@@ -29,7 +29,7 @@ def check(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        message = "plots need matplotlib: pip install 'mshare[plot]'"
+        message = "plots need matplotlib; in a checkout of mshare: pip install '.[plot]'"
         raise OSError(errno.ENOPKG, message, path) from None
 
 
