@@ -24,12 +24,6 @@ static bool may_unlock(const struct vm_fault *vmf)
 	return (vmf->flags & FAULT_FLAG_ALLOW_RETRY) && !(vmf->flags & FAULT_FLAG_RETRY_NOWAIT);
 }
 
-/* A freeze that lost its patience, and has begun anew since, has let everybody go once. */
-static bool thawed(struct mshare_region *r, unsigned int pass)
-{
-	return !READ_ONCE(r->frozen) || READ_ONCE(r->pass) != pass;
-}
-
 /*
  * A layout change goes on. Wait without the mmap_lock where the caller allows it.
  * Where it does not, the change can still need this lock: for another window of the
@@ -41,7 +35,6 @@ static vm_fault_t wait_for_thaw(struct vm_fault *vmf)
 {
 	struct mshare_window *win = vmf->vma->vm_private_data;
 	struct mshare_region *r = win->region;
-	unsigned int pass = READ_ONCE(r->pass);
 	struct file *file;
 
 	if (!(vmf->flags & FAULT_FLAG_ALLOW_RETRY))
@@ -53,9 +46,9 @@ static vm_fault_t wait_for_thaw(struct vm_fault *vmf)
 	file = get_file(vmf->vma->vm_file);
 	mshare_fault_unlock(vmf);
 	if (vmf->flags & FAULT_FLAG_KILLABLE)
-		wait_event_killable(r->thaw, thawed(r, pass));
+		wait_event_killable(r->thaw, !READ_ONCE(r->frozen));
 	else
-		wait_event(r->thaw, thawed(r, pass));
+		wait_event(r->thaw, !READ_ONCE(r->frozen));
 	fput(file);
 	return VM_FAULT_RETRY;
 }
@@ -129,15 +122,17 @@ static vm_fault_t forward(struct vm_fault *vmf, unsigned long host)
 vm_fault_t mshare_fault(struct vm_fault *vmf)
 {
 	struct mshare_window *win = vmf->vma->vm_private_data;
-	struct mshare_region *r;
 	unsigned long addr = vmf->address, host;
+	struct mshare_region *r;
 	unsigned int flags = vmf->flags;
 	vm_fault_t ret;
 
 	/* fork or mremap found no memory for the window */
 	if (!win)
 		return VM_FAULT_SIGBUS;
-	if (READ_ONCE(win->frozen))
+	r = win->region;
+	/* not drained yet: wait all the same, so that the change gets all locks soon */
+	if (READ_ONCE(win->frozen) || (may_unlock(vmf) && READ_ONCE(r->frozen)))
 		return wait_for_thaw(vmf);
 	if (unlikely(READ_ONCE(win->closing))) {
 		/* an mremap that failed half-way: the mapping is still in use */
@@ -145,7 +140,6 @@ vm_fault_t mshare_fault(struct vm_fault *vmf)
 		win->closing = false;
 		spin_unlock(&win->guest->lock);
 	}
-	r = win->region;
 	host = win->host + (addr - win->start);
 	atomic64_inc(&r->faults);
 	ret = forward(vmf, host);

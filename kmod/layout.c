@@ -5,7 +5,8 @@
  * freeze   For each guest: its mmap_lock and the VMA's lock for write, so that
  *          no walker is inside; take the host's tables out; flush its TLBs, which
  *          also waits for walkers without a lock; unlock. From then on its faults
- *          wait. Windows that appear meanwhile are born frozen.
+ *          wait; those that can without the lock do so from the beginning. Windows
+ *          that appear meanwhile are born frozen.
  * change   On a kernel worker, in the host mm.
  * thaw     Wake the waiting faults, then graft every guest again.
  *
@@ -134,7 +135,6 @@ static int freeze(struct mshare_region *r)
 {
 	unsigned long patience = PATIENCE;
 	struct mshare_window *win;
-	bool anew;
 	int err;
 
 	begin(r);
@@ -147,10 +147,11 @@ static int freeze(struct mshare_region *r)
 		cancel_delayed_work_sync(&r->patience);
 		if (mshare_planted(LOCK_ORDER))
 			mmap_read_unlock(r->mm);
-		anew = !r->frozen;
 		if (!err) {
-			if (anew) {
-				/* with this one, which is at hand; and with more patience */
+			if (!r->frozen) {
+				/* who waited has been woken, and may not have run yet */
+				schedule_timeout_killable(PAUSE);
+				/* anew, with this one, which is at hand; and with more patience */
 				begin(r);
 				patience = min(2 * patience, MOST_PATIENCE);
 			}
@@ -163,9 +164,6 @@ static int freeze(struct mshare_region *r)
 			thaw(r);
 			return err;
 		}
-		/* who waited has been woken, and may not have run yet */
-		if (anew)
-			schedule_timeout_killable(PAUSE);
 	}
 	return 0;
 }

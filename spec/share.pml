@@ -58,7 +58,6 @@ byte host_pud[SLOTS], made[SLOTS];
 bool host_vma[SLOTS], present[SLOTS], page_gone[SLOTS], freed[TABLE(SLOTS, 0)];
 bool region_frozen, killed;
 byte nr_windows, patience = NONE;	/* the window for which the timer runs */
-bool released;				/* the last bit of region->pass, of those that release() counts */
 
 byte tlb[CPUS * WINDOWS * SLOTS];
 bool walking[CPUS];
@@ -97,8 +96,10 @@ inline write_unlock(l) {
 
 #ifdef BREAK_FREEZE
 #define is_frozen(w)	false
+#define has_to_wait(w, form)	false
 #else
 #define is_frozen(w)	frozen[w]
+#define has_to_wait(w, form)	(frozen[w] || ((form) == KILLABLE && region_frozen))
 #endif
 
 /* graft.c */
@@ -237,8 +238,7 @@ inline wait_for_thaw(w, form) {
 	if
 	:: form == ANY -> !is_frozen(w); ret = NOPAGE	/* its time limit is left out */
 	:: form == NOWAIT -> ret = HELD
-	:: form == KILLABLE -> seen = released; read_unlock(GUEST(w));
-		!region_frozen || released != seen; seen = false; ret = RETRY
+	:: form == KILLABLE -> read_unlock(GUEST(w)); !region_frozen; ret = RETRY
 	fi
 }
 
@@ -283,7 +283,7 @@ inline mshare_fault(w, s, form) {
 	:: else ->
 		atomic { if :: !pud[AT(w, s)] -> pud[AT(w, s)] = OWN_PAGE :: else fi; t = pud[AT(w, s)] };
 		if
-		:: is_frozen(w) -> wait_for_thaw(w, form)
+		:: has_to_wait(w, form) -> wait_for_thaw(w, form)
 		:: else ->
 			closing[w] = false;
 			forward(w, s, form)
@@ -304,7 +304,7 @@ inline evict(c, w, s) { if :: tlb[TLB(c, w, s)] = 0 :: true fi }
 /* A CPU that loads or stores, in any window and any slot. */
 proctype cpu(byte c) {
 	byte w, s, t, n, ret;
-	bool held, seen;
+	bool held;
 
 	do
 	:: n == ACCESSES -> break
@@ -348,7 +348,7 @@ next:		n++; w = 0; s = 0; ret = 0
 /* get_user_pages for another process, with every form of retry. */
 proctype remote(byte w) {
 	byte t, ret, form;
-	bool held, seen;
+	bool held;
 
 	users[GUEST(w)]++;
 	if :: form = ANY :: form = NOWAIT :: form = KILLABLE fi;
@@ -605,7 +605,6 @@ inline drain(g) {
 
 inline release() {
 	region_frozen = false;
-	released = !released;
 	next_pass();
 	if :: of_region[0] -> frozen[0] = false :: else fi;
 	if :: of_region[1] -> frozen[1] = false :: else fi
