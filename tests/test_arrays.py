@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -67,6 +68,53 @@ def test_slices_are_the_same_memory(engine: Engine) -> None:
         again = pickle.loads(pickle.dumps(result))
         assert not isinstance(again, mshare.SharedArray)
         assert (again == result).all()
+
+
+def test_results_leave_the_region(engine: Engine) -> None:
+    """What is computed is a plain number or array, which does not keep the region."""
+    before = names()
+    shared = mshare.share(np.arange(1000.0).reshape(10, 100), engine=engine.name)
+    number = shared.sum()
+    assert type(number) is np.float64
+    assert json.dumps([number, round(shared.mean(), 1)]) == "[499500.0, 499.5]"
+    assert hash(shared.max()) == hash(999.0)
+    assert type(shared[0, 0]) is type(shared[0] @ shared[0]) is np.float64
+    results = [shared.mean(0), shared + 1, shared[shared > 5], shared[[1, 2]], np.cumsum(shared)]
+    assert {type(result) for result in results} == {np.ndarray}
+    masked = np.ma.masked_array(shared, shared < 5)
+    assert isinstance(masked.data, mshare.SharedArray)
+    assert masked.data.name == shared.name
+    results += [masked.mean(0), masked + 1, shared.copy(), shared.argmax(0), np.sort(shared)]
+    total = shared
+    total += 1
+    assert total is shared
+    assert np.add(shared, 1, out=shared) is shared
+    del shared, total, masked
+    gc.collect()
+    assert names() == before
+    assert results[0][0] == 450
+
+
+def test_every_view_keeps_the_region(engine: Engine) -> None:
+    """Any view alone, also one that starts at the end, keeps the region and its name."""
+    record = np.array([(1, 2.0), (3, 4.0)], dtype=[("a", "i4"), ("b", "f8")])
+    for array, look in (
+        (np.arange(1024.0).reshape(4, 256), lambda a: a[::-2, ::-3].T),
+        (np.arange(1024.0).reshape(4, 256), np.ma.masked_array),
+        (record, lambda a: a["b"]),
+        (record, lambda a: a[1]),
+        (np.array(5.5), lambda a: a[...]),
+    ):
+        before = names()
+        shared = mshare.share(array, engine=engine.name)
+        view = look(shared)
+        del shared
+        gc.collect()
+        assert len(names()) == len(before) + 1
+        assert pickle.loads(pickle.dumps(view)).tolist() == look(array).tolist()
+        del view
+        gc.collect()
+        assert names() == before
 
 
 def test_sent_for_reading(engine: Engine) -> None:
