@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,6 +185,47 @@ def test_workers(engine: Engine, method: str) -> None:
         pool.apply(double, [shared[:2]])
     assert shared.tolist() == [0, 4, 4, 6, 4, 5, 6, 7]
     assert shared.name in names()
+
+
+kept: list[mshare.SharedArray] = []
+
+
+def keep(engine: str, sender: Connection, inherited: str | None) -> None:
+    """Work of another process: share, and end with the array in a global variable."""
+    kept.append(mshare.share(np.arange(8), engine=engine))
+    there = names()
+    sender.send((kept[0].name in there, inherited in there))
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_end_of_a_worker(engine: Engine, method: str) -> None:
+    """A worker that ends takes its own regions with it, and none of its parent."""
+    shared = mshare.share(np.arange(8), engine=engine.name)
+    before = names()
+    context: Any = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=keep, args=(engine.name, sender, shared.name))
+    worker.start()
+    assert receiver.recv() == (True, True)
+    worker.join()
+    assert worker.exitcode == 0
+    assert names() == before
+
+
+def test_program_ends_before_its_worker(python: SubPython, tmp_path: Path) -> None:
+    """A worker that is started at the end of a program still finds what it is given."""
+    (tmp_path / "work.py").write_text("def work(array):\n    print(array.tolist())\n")
+    code = """
+import multiprocessing, sys
+import mshare
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    from work import work
+    array = mshare.share([1, 2])
+    multiprocessing.get_context("spawn").Process(target=work, args=(array,)).start()
+"""
+    result = python(code, tmp_path)
+    assert (result.stdout, result.stderr, result.returncode) == ("[1, 2]\n", "", 0)
 
 
 def test_end_of_a_program(python: SubPython) -> None:

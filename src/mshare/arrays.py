@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-import weakref
-from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +16,9 @@ from mshare.regions import attach, create
 from mshare.sizes import PAGE_SIZE, round_up
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+_AFTER_CHILDREN = -100
+"""When multiprocessing has waited for the children of a process that ends, which may still attach;
+it does this in forked workers too, which end without atexit."""
 
 
 class SharedArray(_Array):
@@ -164,12 +165,11 @@ def share(
         chosen, size, mode, engine=engine, fill=lambda region: np.copyto(over(region), source)
     )
     if name is None:
-        weakref.finalize(region, _unlink, chosen, region.engine, os.getpid())
+        Finalize(region, _unlink, (chosen, region.engine), exitpriority=_AFTER_CHILDREN)
     return _over(region, over(region))
 
 
-def _unlink(name: str, engine: str, creator: int, here: Callable[[], int] = os.getpid) -> None:
-    """Remove a region's name, in the process that made it and not in its children."""
-    if here() == creator:
-        with suppress(OSError):
-            by_name(engine).unlink(name)
+def _unlink(name: str, engine: str) -> None:
+    """Remove a region's name. Finalize calls it in the process that made the region only."""
+    with suppress(OSError):
+        by_name(engine).unlink(name)
