@@ -240,3 +240,19 @@ def test_end_of_a_program(python: SubPython) -> None:
     assert result.returncode == -signal.SIGKILL
     assert set(names()) - set(before) == {result.stdout.strip()}
     mshare.unlink(result.stdout.strip())
+
+
+def test_names_of_the_package(python: SubPython) -> None:
+    """dir() has the names that come later; ``import *`` hides neither a built-in nor the module."""
+    code = """
+import sys
+import mshare
+assert {"share", "SharedArray", "list", "mshare"} <= set(dir(mshare))
+assert "numpy" not in sys.modules
+module, builtin = mshare, list
+from mshare import *
+assert (mshare, list) == (module, builtin)
+assert share is mshare.share
+"""
+    result = python(code)
+    assert (result.returncode, result.stderr) == (0, "")
