@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import pickle
 import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +70,53 @@ def test_slices_are_the_same_memory(engine: Engine) -> None:
         again = pickle.loads(pickle.dumps(result))
         assert not isinstance(again, mshare.SharedArray)
         assert (again == result).all()
+
+
+def test_results_leave_the_region(engine: Engine) -> None:
+    """What is computed is a plain number or array, which does not keep the region."""
+    before = names()
+    shared = mshare.share(np.arange(1000.0).reshape(10, 100), engine=engine.name)
+    number = shared.sum()
+    assert type(number) is np.float64
+    assert json.dumps([number, round(shared.mean(), 1)]) == "[499500.0, 499.5]"
+    assert hash(shared.max()) == hash(999.0)
+    assert type(shared[0, 0]) is type(shared[0] @ shared[0]) is np.float64
+    results = [shared.mean(0), shared + 1, shared[shared > 5], shared[[1, 2]], np.cumsum(shared)]
+    assert {type(result) for result in results} == {np.ndarray}
+    masked = np.ma.masked_array(shared, shared < 5)
+    assert isinstance(masked.data, mshare.SharedArray)
+    assert masked.data.name == shared.name
+    results += [masked.mean(0), masked + 1, shared.copy(), shared.argmax(0), np.sort(shared)]
+    total = shared
+    total += 1
+    assert total is shared
+    assert np.add(shared, 1, out=shared) is shared
+    del shared, total, masked
+    gc.collect()
+    assert names() == before
+    assert results[0][0] == 450
+
+
+def test_every_view_keeps_the_region(engine: Engine) -> None:
+    """Any view alone, also one that starts at the end, keeps the region and its name."""
+    record = np.array([(1, 2.0), (3, 4.0)], dtype=[("a", "i4"), ("b", "f8")])
+    for array, look in (
+        (np.arange(1024.0).reshape(4, 256), lambda a: a[::-2, ::-3].T),
+        (np.arange(1024.0).reshape(4, 256), np.ma.masked_array),
+        (record, lambda a: a["b"]),
+        (record, lambda a: a[1]),
+        (np.array(5.5), lambda a: a[...]),
+    ):
+        before = names()
+        shared = mshare.share(array, engine=engine.name)
+        view = look(shared)
+        del shared
+        gc.collect()
+        assert len(names()) == len(before) + 1
+        assert pickle.loads(pickle.dumps(view)).tolist() == look(array).tolist()
+        del view
+        gc.collect()
+        assert names() == before
 
 
 def test_sent_for_reading(engine: Engine) -> None:
@@ -137,6 +187,47 @@ def test_workers(engine: Engine, method: str) -> None:
     assert shared.name in names()
 
 
+kept: list[mshare.SharedArray] = []
+
+
+def keep(engine: str, sender: Connection, inherited: str | None) -> None:
+    """Work of another process: share, and end with the array in a global variable."""
+    kept.append(mshare.share(np.arange(8), engine=engine))
+    there = names()
+    sender.send((kept[0].name in there, inherited in there))
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_end_of_a_worker(engine: Engine, method: str) -> None:
+    """A worker that ends takes its own regions with it, and none of its parent."""
+    shared = mshare.share(np.arange(8), engine=engine.name)
+    before = names()
+    context: Any = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=keep, args=(engine.name, sender, shared.name))
+    worker.start()
+    assert receiver.recv() == (True, True)
+    worker.join()
+    assert worker.exitcode == 0
+    assert names() == before
+
+
+def test_program_ends_before_its_worker(python: SubPython, tmp_path: Path) -> None:
+    """A worker that is started at the end of a program still finds what it is given."""
+    (tmp_path / "work.py").write_text("def work(array):\n    print(array.tolist())\n")
+    code = """
+import multiprocessing, sys
+import mshare
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    from work import work
+    array = mshare.share([1, 2])
+    multiprocessing.get_context("spawn").Process(target=work, args=(array,)).start()
+"""
+    result = python(code, tmp_path)
+    assert (result.stdout, result.stderr, result.returncode) == ("[1, 2]\n", "", 0)
+
+
 def test_end_of_a_program(python: SubPython) -> None:
     """A program that ends takes its regions with it; one that is killed leaves a name to remove."""
     before = names()
@@ -149,3 +240,19 @@ def test_end_of_a_program(python: SubPython) -> None:
     assert result.returncode == -signal.SIGKILL
     assert set(names()) - set(before) == {result.stdout.strip()}
     mshare.unlink(result.stdout.strip())
+
+
+def test_names_of_the_package(python: SubPython) -> None:
+    """dir() has the names that come later; ``import *`` hides neither a built-in nor the module."""
+    code = """
+import sys
+import mshare
+assert {"share", "SharedArray", "list", "mshare"} <= set(dir(mshare))
+assert "numpy" not in sys.modules
+module, builtin = mshare, list
+from mshare import *
+assert (mshare, list) == (module, builtin)
+assert share is mshare.share
+"""
+    result = python(code)
+    assert (result.returncode, result.stderr) == (0, "")

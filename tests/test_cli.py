@@ -38,6 +38,13 @@ def test_usage_errors(arguments: list[str], capsys: Capture) -> None:
     assert "usage" in capsys.readouterr().err
 
 
+def test_as_a_module() -> None:
+    """``python -m mshare`` is the command."""
+    command = [sys.executable, "-m", "mshare", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == f"mshare {mshare.__version__}\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion(shell: str, capsys: Capture) -> None:
     """A completion script knows the commands."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,3 +177,23 @@ def test_bad_plans(arguments: list[str], message: str, capsys: pytest.CaptureFix
     assert message in output.err
     assert output.err.count("\n") == 1
     assert not output.out
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "error", "message"),
+    [
+        (-5, 1, ValueError, "positive number of bytes: -5"),
+        (0, 1, ValueError, "positive number of bytes: 0"),
+        (1.5, 1, TypeError, "not float"),
+        (PAGE_SIZE, 0, ValueError, "1 or more: 0"),
+        (PAGE_SIZE, 1.5, TypeError, "whole number, not 1.5"),
+        (PAGE_SIZE, "2", TypeError, "whole number, not '2'"),
+    ],
+)
+def test_no_cost_of_nothing(
+    size: Any, processes: Any, error: type[Exception], message: str
+) -> None:
+    """A size or a number of processes that can't be is refused; a size may be a string."""
+    with pytest.raises(error, match=message):
+        cost.plan(size, processes)
+    assert cost.plan("1G", 2) == cost.plan(SLOT_SIZE, 2)

@@ -307,3 +307,22 @@ def test_no_permission(tmp_path: Path, root: None, python: SubPython) -> None:
         ENGINE,
     )
     assert (result.stdout, result.stderr) == (f"{path}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        (WANTED, {}, TypeError, "not ndarray; for an array write lambda: array"),
+        ([1, 2], {}, TypeError, "not list; for an array write lambda: array"),
+        (b"a.npy", {}, TypeError, "not bytes"),
+        ("a.npy", {"mode": "0600"}, TypeError, "mode is an integer such as 0o640, not str"),
+        ("a.npy", {"mode": 0o1777}, ValueError, "permission bits"),
+        ("a.npy", {"engine": "zz"}, ValueError, "no such engine; there are .*: 'zz'"),
+    ],
+)
+def test_refused_where_it_is_made(
+    source: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """What no worker could use is refused before it is sent to one."""
+    with pytest.raises(error, match=message):
+        Dataset("features", source, **options)

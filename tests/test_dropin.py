@@ -150,7 +150,7 @@ def test_only_the_file_is_shared(file: Path, tmp_path: Path) -> None:
             mshare.mmap(number, SIZE, flags=mmap.MAP_PRIVATE),
             mshare.mmap(number, SIZE, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE),
             mshare.mmap(number, SIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC),
-            mshare.mmap(number, dropin.MIN_SIZE - 1),
+            mshare.mmap(number, dropin.min_size() - 1),
         ):
             assert not memory.shared
             memory.madvise(mmap.MADV_RANDOM)
@@ -243,7 +243,8 @@ print(memory.shared)
 
 
 def test_bad_smallest_size(python: SubPython) -> None:
-    """A size in ``MSHARE_MMAP_MIN`` that is none is named when mshare is imported."""
-    result = python("import mshare", MSHARE_MMAP_MIN="a lot")
-    assert result.returncode == 1
-    assert "not a size: 'MSHARE_MMAP_MIN=a lot'" in result.stderr
+    """A size in ``MSHARE_MMAP_MIN`` that is none is named when mshare.mmap is used, not before."""
+    code = "import mshare; print(len(mshare.list('shm')) >= 0); mshare.mmap(-1, 4096)"
+    result = python(code, MSHARE_MMAP_MIN="1X")
+    assert (result.returncode, result.stdout) == (1, "True\n")
+    assert "not a size: 'MSHARE_MMAP_MIN=1X'" in result.stderr

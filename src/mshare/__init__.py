@@ -10,20 +10,24 @@
 kernel proposal it grew from. :mod:`mshare.pagetables` shows what page tables cost.
 """
 
+import builtins
 from typing import TYPE_CHECKING, Any
 
-from mshare.calls import mshare, mshare_unlink
+from mshare.calls import mshare as mshare
+from mshare.calls import mshare_unlink
 from mshare.dropin import ACCESS_COPY, ACCESS_DEFAULT, ACCESS_READ, ACCESS_WRITE, mmap
 from mshare.engines.base import Stat
 from mshare.errors import InvalidValue
 from mshare.region import Region
-from mshare.regions import attach, create, list, stat, unlink
+from mshare.regions import attach, create, stat, unlink
+from mshare.regions import list as list
 
 if TYPE_CHECKING:
     from mshare.arrays import SharedArray, share
 
 __version__ = "0.1.0"
 
+# not list and mshare: "from mshare import *" leaves the built-in and the module what they are
 __all__ = [
     "ACCESS_COPY",
     "ACCESS_DEFAULT",
@@ -35,9 +39,7 @@ __all__ = [
     "Stat",
     "attach",
     "create",
-    "list",
     "mmap",
-    "mshare",
     "mshare_unlink",
     "share",
     "stat",
@@ -52,3 +54,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(arrays, name)
     raise AttributeError(f"module 'mshare' has no attribute '{name}'")
+
+
+def __dir__() -> builtins.list[str]:
+    """Also the names that come with their first use."""
+    return sorted({*globals(), *__all__})

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-import weakref
-from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import numpy as np
@@ -18,18 +16,42 @@ from mshare.regions import attach, create
 from mshare.sizes import PAGE_SIZE, round_up
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+_AFTER_CHILDREN = -100
+"""When multiprocessing has waited for the children of a process that ends, which may still attach;
+it does this in forked workers too, which end without atexit."""
 
 
 class SharedArray(_Array):
     """An array in a region. Pickled, it and its slices are a name; the copy attaches the region.
 
-    What is computed from it is in this process's own memory, and is pickled as any array.
+    What is computed from it is an array or a number as any other, in this process's own memory.
     """
 
+    __slots__ = ("_region",)
     _region: Region | None
 
     def __array_finalize__(self, source: object) -> None:
-        self._region = getattr(source, "_region", None)
+        """Keep the region for what looks into it; a masked array between has it as its base."""
+        while isinstance(source, np.ndarray) and not isinstance(source, SharedArray):
+            source = source.base
+        region = source._region if isinstance(source, SharedArray) else None
+        # a transposed array gets its strides after this, so only its start is known
+        if region and not 0 <= _start(self) - region.address <= region.size:
+            region = None
+        self._region = region
+
+    def __array_wrap__(self, array: _Array, context: Any = None, return_scalar: bool = True) -> Any:
+        """The result of a ufunc. NumPy 1 does not say whether to make a number of it."""
+        result: Any = super().__array_wrap__(array, context)
+        if result is self or result._region:
+            return result
+        return result[()] if return_scalar else result.view(np.ndarray)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(found, SharedArray) and not found._region:
+            return found.view(np.ndarray)
+        return found
 
     @property
     def name(self) -> str | None:
@@ -56,7 +78,7 @@ class SharedArray(_Array):
         region = self._inside()
         if region is None:
             return tuple(self.view(np.ndarray).__reduce__())
-        offset = self.__array_interface__["data"][0] - region.address
+        offset = _start(self) - region.address
         where = region.name, not self.flags.writeable, region.engine
         return _look, (where, self.dtype, self.shape, self.strides, offset)
 
@@ -64,9 +86,14 @@ class SharedArray(_Array):
         return self.__reduce__()
 
 
+def _start(array: _Array) -> int:
+    """The address of its first element."""
+    return int(array.__array_interface__["data"][0])
+
+
 def _bounds(array: _Array) -> tuple[int, int]:
     """The addresses of its first byte and after its last."""
-    low = high = array.__array_interface__["data"][0]
+    low = high = _start(array)
     if array.size:
         steps = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
         low += sum(step for step in steps if step < 0)
@@ -138,12 +165,11 @@ def share(
         chosen, size, mode, engine=engine, fill=lambda region: np.copyto(over(region), source)
     )
     if name is None:
-        weakref.finalize(region, _unlink, chosen, region.engine, os.getpid())
+        Finalize(region, _unlink, (chosen, region.engine), exitpriority=_AFTER_CHILDREN)
     return _over(region, over(region))
 
 
-def _unlink(name: str, engine: str, creator: int, here: Callable[[], int] = os.getpid) -> None:
-    """Remove a region's name, in the process that made it and not in its children."""
-    if here() == creator:
-        with suppress(OSError):
-            by_name(engine).unlink(name)
+def _unlink(name: str, engine: str) -> None:
+    """Remove a region's name. Finalize calls it in the process that made the region only."""
+    with suppress(OSError):
+        by_name(engine).unlink(name)

@@ -9,10 +9,10 @@ in the middle of one (up to 12 KiB more).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from mshare.errors import invalid
-from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE, parse_size
 
 PUD_COVERS = 512 * SLOT_SIZE
 FAULT_AROUND = 16
@@ -59,20 +59,29 @@ def windows(size: int) -> int:
 
 
 def plan(
-    size: int, processes: int, *, page_size: int = PAGE_SIZE, writing: bool = False
+    size: SupportsIndex | str,
+    processes: int,
+    *,
+    page_size: int = PAGE_SIZE,
+    writing: bool = False,
 ) -> list[Cost]:
     """The cost of each engine, and of a private copy in each process.
 
     Every process touches every page: by reading, or by writing. On msharefs readers have a set
     of tables of their own, next to that of who filled the region.
 
-    :raises InvalidValue: EINVAL for a page size that x86-64 has not, or no process.
+    :raises TypeError: a size that is neither an integer nor a string, or part of a process.
+    :raises InvalidValue: EINVAL for a size that is none, a page size that x86-64 has not, or no
+        process.
     """
+    bytes_ = parse_size(size)
     if page_size not in PAGE_SIZES:
         raise invalid("a page size is 4K or 2M", page_size)
+    if not isinstance(processes, SupportsIndex):
+        raise TypeError(f"processes are a whole number, not {processes!r}")
     if processes < 1:
         raise invalid("processes are 1 or more", processes)
-    return [engine(size, processes, page_size, writing) for engine in _ENGINES]
+    return [engine(bytes_, processes, page_size, writing) for engine in _ENGINES]
 
 
 def _pages(size: int, covers: int) -> int:

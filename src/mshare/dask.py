@@ -34,7 +34,7 @@ from mshare.errors import invalid
 from mshare.memory import available
 from mshare.names import check_name, creating
 from mshare.region import Region
-from mshare.regions import attach, create
+from mshare.regions import _check_mode, attach, create
 from mshare.sizes import PAGE_SIZE, human, round_up
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -54,6 +54,8 @@ class Dataset(WorkerPlugin):
     :param source: the path of a ``.npy`` file, or a function without arguments that returns the
         array. Each node opens or calls it once.
     :param mode, engine: as for :func:`mshare.create`.
+    :raises TypeError: the source is neither, or the mode no integer.
+    :raises InvalidValue: EINVAL for a bad name or mode, or an engine that there is not.
     """
 
     def __init__(
@@ -64,7 +66,13 @@ class Dataset(WorkerPlugin):
         mode: int = DEFAULT_MODE,
         engine: str | None = None,
     ) -> None:
-        self.name, self.mode, self._engine = check_name(name), mode, engine
+        self.name, self.mode, self._engine = check_name(name), _check_mode(mode), engine
+        if engine is not None:
+            engines.by_name(engine)
+        if not callable(source) and not isinstance(source, str | os.PathLike):
+            kind = type(source).__name__
+            message = f"a source is the path of a .npy file or a function, not {kind}; for an array"
+            raise TypeError(f"{message} write lambda: array")
         self._source = source if callable(source) else os.fspath(source)
         self.region = check_name(f"{name}-{uuid.uuid4().hex[:12]}")
         """The region's name on each node: another dataset, later, has another one."""

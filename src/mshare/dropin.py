@@ -15,6 +15,7 @@ import mmap as python
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from mmap import (
     ACCESS_COPY,
     ACCESS_DEFAULT,
@@ -33,14 +34,21 @@ from mshare.sizes import SLOT_SIZE, parse_offset, round_up
 
 __all__ = ["ACCESS_COPY", "ACCESS_DEFAULT", "ACCESS_READ", "ACCESS_WRITE", "mmap"]
 
-try:
-    MIN_SIZE = parse_offset(os.environ.get("MSHARE_MMAP_MIN") or "4M")
-except ValueError:
-    raise invalid("not a size", f"MSHARE_MMAP_MIN={os.environ['MSHARE_MMAP_MIN']}") from None
-"""Bytes: below, a window of its own costs a process about as much as the plain page tables."""
-
 _POPULATE = {22, 23}
 """MADV_POPULATE_READ and MADV_POPULATE_WRITE: they fill the mapping that is looked at."""
+
+
+@cache
+def min_size() -> int:
+    """Bytes: below, a window of its own costs a process about as much as the plain page tables.
+
+    :raises InvalidValue: ``MSHARE_MMAP_MIN`` is not a size.
+    """
+    chosen = os.environ.get("MSHARE_MMAP_MIN") or "4M"
+    try:
+        return parse_offset(chosen)
+    except ValueError:
+        raise invalid("not a size", f"MSHARE_MMAP_MIN={chosen}") from None
 
 
 class _Fields(ctypes.Structure):
@@ -142,12 +150,13 @@ class mmap(python.mmap):  # noqa: N801
         offset: int = 0,
         **more: Any,
     ) -> Self:
+        smallest = min_size()
         self = super().__new__(cls, fileno, length, flags, prot, access, offset, **more)
         self._window = None
         if access == ACCESS_READ:
             prot = PROT_READ
         sharable = flags == MAP_SHARED and access != ACCESS_COPY and fileno >= 0
-        if sharable and prot in (PROT_READ, PROT_READ | PROT_WRITE) and len(self) >= MIN_SIZE:
+        if sharable and prot in (PROT_READ, PROT_READ | PROT_WRITE) and len(self) >= smallest:
             with suppress(OSError):
                 self._share(_open_region(fileno, writable=prot != PROT_READ), prot, offset)
         return self
