@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,6 +287,46 @@ def test_another_user_creates(engine: Engine, name: str, as_nobody: SubPython) -
     result = as_nobody(code, name, engine.name)
     assert result.returncode == 0, result.stderr
     assert mshare.stat(name).uid == 65534
+
+
+def test_creator_without_the_right_to_write(
+    engine: Engine, name: str, as_nobody: SubPython
+) -> None:
+    """Who creates a region writes to it, whatever its mode bits say to those who come after."""
+    code = """
+name, engine = sys.argv[1:]
+def fill(region):
+    memoryview(region)[0] = 7
+with mshare.create(name, 4096, 0o444, engine=engine, fill=fill) as region:
+    memoryview(region)[1] = 8
+with mshare.attach(name, readonly=True) as region:
+    print(list(bytes(region)[:2]), oct(region.mode))
+mshare.unlink(name)
+os.environ["MSHARE_ENGINE"] = engine
+length = mshare.engines.by_name(engine).granule
+mshare.mshare(name, 0, length, os.O_RDWR | os.O_CREAT, 0o444)
+"""
+    result = as_nobody(code, name, engine.name)
+    assert (result.stdout, result.stderr) == ("[7, 8] 0o444\n", "")
+    assert mshare.stat(name).mode == 0o444
+
+
+def test_creator_has_what_it_made(
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A region that takes the name right after is not the one that creation returns."""
+    link = os.link
+
+    def overtaken(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        link(*args, **kwargs)
+        mshare.unlink(name)
+        mshare.create(name, SIZE, 0o640, engine=engine.name).close()
+
+    monkeypatch.setattr(os, "link", overtaken)
+    with mshare.create(name, SIZE, engine=engine.name) as region:
+        assert region.mode == 0o600
+    assert mshare.stat(name).mode == 0o640
 
 
 def test_one_winner_of_a_hundred(engine: Engine, name: str) -> None:

@@ -95,10 +95,8 @@ def _create(name: str, addr: int, length: int, mode: int, readonly: bool) -> int
     engine = engines.best(None, length)
     if length % engine.granule:
         raise invalid(f"the length is not a multiple of {engine.granule}", length)
-    engine.create(name, length, mode & 0o777)
-    fd = -1
+    fd = engine.create(name, length, mode)
     try:
-        fd = engine.open(name, readonly=False)
         if addr:
             _copy_in(engine, fd, addr, length)
         return _map_over(engine, fd, name, addr, length, readonly=readonly)
@@ -106,8 +104,7 @@ def _create(name: str, addr: int, length: int, mode: int, readonly: bool) -> int
         engine.unlink(name)
         raise
     finally:
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
 
 
 def _map_over(engine: Engine, fd: int, name: str, addr: int, length: int, *, readonly: bool) -> int:

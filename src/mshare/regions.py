@@ -72,8 +72,8 @@ def create(
                     with Region(name, best, os.dup(fd), readonly=False, address=None) as region:
                         fill(region)
 
-            best.create(name, bytes_, mode, locked=locked, fill=filled)
-        return _attach_created(name, best, address)
+            fd = best.create(name, bytes_, mode, locked=locked, fill=filled)
+        return _attach_created(name, best, fd, address, readonly=False)
 
 
 def _create_over(
@@ -92,23 +92,15 @@ def _create_over(
             if engines.holder(name):
                 raise exists(name)
             chosen = engines.best(engine, over_file=True)
-            chosen.create_over(name, file)
-        return _attach_created(name, chosen, address, maybe_readonly=True)
+            fd, readonly = chosen.create_over(name, file)
+        return _attach_created(name, chosen, fd, address, readonly=readonly)
 
 
 def _attach_created(
-    name: str, engine: Engine, address: int | None, *, maybe_readonly: bool = False
+    name: str, engine: Engine, fd: int, address: int | None, *, readonly: bool
 ) -> Region:
-    """Attach a region just made; if that fails, nothing of it remains."""
-    readonly = False
+    """Attach the region ``fd``, just made; if that fails, nothing of it remains."""
     try:
-        try:
-            fd = engine.open(name, readonly=False)
-        except OSError as error:
-            if not maybe_readonly or error.errno not in (errno.EACCES, errno.EROFS):
-                raise
-            readonly = True
-            fd = engine.open(name, readonly=True)
         return Region(name, engine, fd, readonly=readonly, address=address)
     except BaseException:
         with suppress(OSError):

@@ -9,6 +9,7 @@ leaves nothing; one that dies after leaves a region like any other.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat as st
 from abc import ABC, abstractmethod
@@ -111,8 +112,8 @@ class Engine(ABC):
         *,
         locked: bool = False,
         fill: Callable[[int], None] = lambda fd: None,
-    ) -> None:
-        """Make the region ``name`` of ``size`` bytes, whole pages.
+    ) -> int:
+        """Make the region ``name`` of ``size`` bytes, whole pages; a descriptor to write to it.
 
         :param fill: called with a descriptor of the region before it has its name.
         :raises FileExistsError: the name is taken.
@@ -126,10 +127,10 @@ class Engine(ABC):
             self.reserve(fd, size, name, locked=locked)
             fill(fd)
 
-        self._publish(name, mode, make)
+        return self._publish(name, mode, make)
 
-    def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> None:
-        """Make a file without a name, have it filled, and link it as ``name``."""
+    def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> int:
+        """Make a file without a name, have it filled, and link it as ``name``; its descriptor."""
         directory = self._made_directory()
         path = f"{directory}/{name}"
         if os.path.lexists(path):
@@ -145,11 +146,30 @@ class Engine(ABC):
                 raise exists(name) from None
             finally:
                 os.close(parent)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return self._named(name, fd)
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def _named(self, name: str, fd: int) -> int:
+        """A descriptor of the new region ``fd`` for which ``/proc`` shows its name.
+
+        Where the mode bits keep even the owner out, or the name is gone already, ``fd`` itself.
+        """
+        try:
+            spare = self.open(name, readonly=False)
+        except OSError:
+            return fd
+        with suppress(OSError):
+            if os.path.sameopenfile(spare, fd):
+                spare, fd = fd, spare
+        os.close(spare)
+        return fd
+
+    def create_over(self, name: str, file: str | int) -> tuple[int, bool]:
         """Make the region ``name`` over a file, by path or descriptor.
+
+        :returns: a descriptor of the region, and whether its content can only be read.
 
         :raises OSError: EOPNOTSUPP when this engine can't.
         """
@@ -293,6 +313,39 @@ class Engine(ABC):
             os.mkdir(directory, 0o700)
             os.chmod(directory, 0o1777)
         return directory
+
+
+def open_content(path: str) -> int:
+    """Open a file to be shared: for writing if that is allowed.
+
+    :raises OSError: with the path, as open(2).
+    """
+    try:
+        try:
+            return os.open(path, _READ_WRITE)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EISDIR):
+                raise
+            return os.open(path, _READ)
+    except OSError as error:
+        message = f"the file for the region: {error.strerror}"
+        raise OSError(error.errno, message, path) from None
+
+
+def check_content(fd: int, file: str | int) -> tuple[os.stat_result, bool]:
+    """The status of the open ``file``, and whether it is open for reading only.
+
+    :raises InvalidValue: not a regular file, or empty.
+    """
+    try:
+        info = os.fstat(fd)
+    except OSError as error:
+        raise OSError(error.errno, f"the file for the region: {error.strerror}", file) from None
+    if not st.S_ISREG(info.st_mode):
+        raise invalid("a region can only be put over a regular file", file)
+    if not info.st_size:
+        raise invalid("a region can't be put over an empty file", file)
+    return info, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
 def exists(name: str) -> FileExistsError:

@@ -16,8 +16,8 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from mshare import mapping
-from mshare.engines.base import Check, Engine, Stat
-from mshare.errors import invalid, no_locked_file
+from mshare.engines.base import Check, Engine, Stat, check_content, open_content
+from mshare.errors import no_locked_file
 from mshare.memory import meminfo
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
 
@@ -87,22 +87,17 @@ class Msharefs(Engine):
         os.ftruncate(fd, round_up(size, self.granule))
         self.map(fd, name, None, 0, size, 0, readonly=False, locked=locked)
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def create_over(self, name: str, file: str | int) -> tuple[int, bool]:
         fd = file if isinstance(file, int) else open_content(file)
         try:
-            info = os.fstat(fd)
-            if not st.S_ISREG(info.st_mode):
-                raise invalid("a region can only be put over a regular file", file)
-            if not info.st_size:
-                raise invalid("a region can't be put over an empty file", file)
-            readonly = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            info, readonly = check_content(fd, file)
             size = round_up(info.st_size, PAGE_SIZE)
 
             def fill(region: int) -> None:
                 os.ftruncate(region, round_up(size, self.granule))
                 self.map(region, name, fd, 0, size, 0, readonly=readonly)
 
-            self._publish(name, st.S_IMODE(info.st_mode) & 0o777, fill)
+            return self._publish(name, st.S_IMODE(info.st_mode) & 0o777, fill), readonly
         finally:
             if fd is not file:
                 os.close(fd)
@@ -179,10 +174,6 @@ class Msharefs(Engine):
                 os.close(fd)
         return {}
 
-    @property
-    def unit(self) -> int:
-        return self.granule
-
 
 def _prot(readonly: bool) -> int:
     return mapping.PROT_READ if readonly else mapping.PROT_READ | mapping.PROT_WRITE
@@ -206,21 +197,6 @@ def _call(fd: int, code: int, args: bytes, what: str, name: str) -> None:
         number = error.errno or errno.EIO
         reason = _REASONS.get(number, os.strerror(number))
         raise OSError(number, f"can't {what}: {reason}", name) from None
-
-
-def open_content(path: str) -> int:
-    """Open a file to be shared: for writing if that is allowed.
-
-    :raises OSError: with the path, as open(2).
-    """
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        return os.open(path, os.O_RDWR | flags)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.EISDIR):
-            message = f"the file for the region: {error.strerror}"
-            raise OSError(error.errno, message, path) from None
-    return os.open(path, os.O_RDONLY | flags)
 
 
 class Info(NamedTuple):

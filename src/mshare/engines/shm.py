@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import ClassVar
 
 from mshare import mapping, memory
-from mshare.engines.base import Check, Engine, Stat, exists
+from mshare.engines.base import Check, Engine, Stat, check_content, exists, open_content
 from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
@@ -79,13 +79,22 @@ class Shm(Engine):
         except OSError as error:
             raise OSError(error.errno, f"no room for the region: {error.strerror}", name) from None
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def create_over(self, name: str, file: str | int) -> tuple[int, bool]:
         path = _path_of(file)
-        directory = self._made_directory()
+        fd = open_content(path)
         try:
-            os.symlink(path, f"{directory}/{name}")
-        except FileExistsError:
-            raise exists(name) from None
+            _, readonly = check_content(fd, file)
+            if isinstance(file, int) and not os.path.sameopenfile(fd, file):
+                raise invalid(_NO_PATH, file)
+            directory = self._made_directory()
+            try:
+                os.symlink(path, f"{directory}/{name}")
+            except FileExistsError:
+                raise exists(name) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, readonly
 
     def _open_missing(self, name: str, *, readonly: bool) -> int:
         path = f"{self.directory()}/{name}"
@@ -134,28 +143,18 @@ class Shm(Engine):
         )
 
 
+_NO_PATH = "the open file has no path any more, so a name can't lead to it"
+
+
 def _path_of(file: str | int) -> str:
-    """The absolute path of a regular, non-empty file this user can open."""
-    try:
-        if isinstance(file, str):
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            info = os.fstat(fd)
-            os.close(fd)
-        else:
-            info = os.fstat(file)
-    except OSError as error:
-        raise OSError(error.errno, f"the file for the region: {error.strerror}", file) from None
-    if not st.S_ISREG(info.st_mode):
-        raise invalid("a region can only be put over a regular file", file)
-    if not info.st_size:
-        raise invalid("a region can't be put over an empty file", file)
+    """The absolute path of a file. :raises InvalidValue: it is open, and has none any more."""
     if isinstance(file, str):
         return os.path.realpath(file)
+    check_content(file, file)
     path = os.readlink(f"/proc/self/fd/{file}")
-    with suppress(OSError):
-        if os.path.samestat(os.stat(path), info):
-            return path
-    raise invalid("the open file has no path any more, so a name can't lead to it", file)
+    if not os.path.exists(path):
+        raise invalid(_NO_PATH, file)
+    return path
 
 
 @functools.cache
