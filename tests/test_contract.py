@@ -392,6 +392,61 @@ def test_others_wait_while_it_is_filled(engine: Engine, name: str, python: SubPy
         assert "FileExistsError" in waiting[0].result().stderr
 
 
+def test_threads_wait_while_it_is_filled(engine: Engine, name: str, python: SubPython) -> None:
+    """Threads wait as processes do, and one that creates another name lets nobody in."""
+    code = "import mshare, sys; mshare.create(sys.argv[1], 4096, engine=sys.argv[2])"
+    fills: list[int] = []
+    waiting: list[Future[Any]] = []
+
+    def create(number: int) -> str:
+        def fill(region: mshare.Region) -> None:
+            fills.append(number)
+            if number:
+                return
+            mshare.create(f"{name}-here", 4096, engine=engine.name).close()
+            pool.submit(mshare.create, f"{name}-there", 4096, engine=engine.name).result(60)
+            waiting.append(pool.submit(create, 1))
+            waiting.append(pool.submit(python, code, name, engine.name))
+            for each in waiting:
+                with pytest.raises(TimeoutError):
+                    each.result(timeout=1)
+
+        try:
+            mshare.create(name, SIZE, engine=engine.name, fill=fill).close()
+        except FileExistsError:
+            return "exists"
+        return "made"
+
+    with ThreadPoolExecutor() as pool:
+        assert create(0) == "made"
+        assert waiting[0].result() == "exists"
+        assert "FileExistsError" in waiting[1].result().stderr
+    assert fills == [0]
+
+
+def test_lock_is_released_before_children_end(engine: Engine, name: str) -> None:
+    """A process forked while a region is filled keeps nobody from creating the name again."""
+    ready, go = os.pipe()
+    children = []
+
+    def fill(region: mshare.Region) -> None:
+        children.append(os.fork())
+        if not children[0]:
+            os.close(go)
+            os.read(ready, 1)
+            os._exit(0)
+
+    mshare.create(name, SIZE, engine=engine.name, fill=fill).unlink()
+    with ThreadPoolExecutor() as pool:
+        again = pool.submit(mshare.create, name, SIZE, engine=engine.name)
+        try:
+            again.result(timeout=20).close()
+        finally:
+            os.close(go)
+            os.close(ready)
+            os.waitpid(children[0], 0)
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("call", ["ftruncate", "posix_fallocate", "fchmod", "link"])
 def test_creator_killed(
