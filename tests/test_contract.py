@@ -129,6 +129,22 @@ def test_unlink_twice(engine: Engine, name: str) -> None:
     assert caught.value.filename == name
 
 
+def test_unlink_is_for_the_region_itself(engine: Engine, name: str) -> None:
+    """Region.unlink leaves a region alone that has taken the name since, also when closed."""
+    old = mshare.create(name, SIZE, engine=engine.name)
+    mshare.unlink(name)
+    with mshare.create(name, SIZE, engine=engine.name) as new:
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match="no such region") as caught:
+                old.unlink()
+            assert caught.value.filename == name
+            old.close()
+        assert mshare.stat(name) == new.stat()
+    new.unlink()
+    with pytest.raises(FileNotFoundError, match="no such region"):
+        new.unlink()
+
+
 def test_attach_missing(engine: Engine, name: str) -> None:
     """No such region is ENOENT, with the name."""
     with pytest.raises(FileNotFoundError, match=name):
@@ -530,6 +546,25 @@ def test_at_an_address(engine: Engine, name: str) -> None:
         copy = pickle.dumps(region)
     with pickle.loads(copy) as region:
         assert region.address == address
+    with mshare.attach(name, address=np.int64(address)) as region:
+        assert region.address == address
+
+
+def test_bad_addresses(engine: Engine, name: str) -> None:
+    """The error has the region's name and the address; nothing is mapped elsewhere."""
+    address = 0x6000_0000_0000
+    with mshare.create(name, SIZE, engine=engine.name, address=address):
+        with pytest.raises(FileExistsError, match=hex(address)) as taken:
+            mshare.attach(name, address=address)
+        assert taken.value.filename == name
+    for bad in (0, -(1 << 30), 1 << 47, 1 << 65, (1 << 64) + address):
+        with pytest.raises(ValueError, match=hex(bad)) as caught:
+            mshare.attach(name, address=bad)
+        assert isinstance(caught.value, OSError)
+        assert caught.value.filename == name
+    for odd in (1.5, "0x600000000000"):
+        with pytest.raises(TypeError, match="an address is an integer"):
+            mshare.attach(name, address=odd)  # type: ignore[arg-type]
 
 
 def test_attach_by_descriptor(engine: Engine, name: str) -> None:
@@ -547,8 +582,12 @@ def test_attach_by_descriptor(engine: Engine, name: str) -> None:
         with pytest.raises(PermissionError):
             mshare.attach(reading)
         os.close(reading)
-        with pytest.raises(OSError, match="Bad file"):
-            mshare.attach(reading)
+        for closed in (reading, 9999, -1, 1 << 80):
+            with pytest.raises(OSError, match="Bad file") as caught:
+                mshare.attach(closed)
+            assert caught.value.filename == closed
+        with pytest.raises(TypeError):
+            mshare.attach(True)
 
 
 def test_layout_calls(engine: Engine, name: str, tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import operator
 import os
 import stat as st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import ClassVar, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import ClassVar, NamedTuple, SupportsIndex
 
 from mshare import mapping
 from mshare.errors import RUN_OUT, invalid, unsupported
-from mshare.sizes import PAGE_SIZE
+from mshare.sizes import MAX_SIZE, PAGE_SIZE
 
 DEFAULT_MODE = 0o600
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -54,6 +55,11 @@ class Check(NamedTuple):
     cure: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def advice(self) -> str:
+        """``why``, and the cure if there is one."""
+        return f"{self.why}; as root: {self.cure}" if self.cure else self.why
+
 
 class Engine(ABC):
     """One way to share. An instance holds no region, only where regions are."""
@@ -76,7 +82,8 @@ class Engine(ABC):
     """The environment variable that names another directory for the regions."""
 
     def __init__(self) -> None:
-        self.chosen: str | None = os.environ.get(self.variable) or None
+        chosen = os.environ.get(self.variable)
+        self.chosen = os.path.abspath(chosen) if chosen else None
         """That directory, as it was set when mshare was imported."""
 
     @abstractmethod
@@ -89,6 +96,10 @@ class Engine(ABC):
     @abstractmethod
     def check(self, size: int = PAGE_SIZE) -> Check:
         """Whether a region of ``size`` bytes could be created by this user now."""
+
+    def works(self, size: int = PAGE_SIZE) -> bool:
+        """What :meth:`check` says, without the time to find out why not."""
+        return self.check(size).works
 
     @abstractmethod
     def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
@@ -131,11 +142,10 @@ class Engine(ABC):
 
     def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> int:
         """Make a file without a name, have it filled, and link it as ``name``; its descriptor."""
-        directory = self._made_directory()
-        path = f"{directory}/{name}"
-        if os.path.lexists(path):
-            raise exists(name)
-        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with self._making(name) as directory:
+            if os.path.lexists(f"{directory}/{name}"):
+                raise exists(name)
+            fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fill(fd)
             os.fchmod(fd, mode)
@@ -225,15 +235,36 @@ class Engine(ABC):
         """What :meth:`open` does when nothing is there under this name."""
         raise FileNotFoundError(errno.ENOENT, "no such region", f"{self.directory()}/{name}")
 
-    def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+    def place(
+        self,
+        fd: int,
+        name: str,
+        size: int,
+        *,
+        readonly: bool,
+        address: SupportsIndex | None = None,
+    ) -> int:
         """Map all ``size`` bytes of ``fd`` and return the address.
 
-        :raises InvalidValue: EINVAL when ``address`` is not a multiple the engine can use.
+        :raises InvalidValue: EINVAL when ``address`` is not one the engine can use.
         :raises FileExistsError: something is mapped at ``address``.
         """
-        if address is not None and (address <= 0 or address % self.unit):
-            raise invalid(f"an address is a positive multiple of {self.unit} here", hex(address))
-        return mapping.place(fd, size, readonly=readonly, address=address, alignment=self.alignment)
+        if address is None:
+            return mapping.place(fd, size, readonly=readonly, alignment=self.alignment)
+        try:
+            start = operator.index(address)
+        except TypeError:
+            message = f"an address is an integer, not {type(address).__name__}"
+            raise TypeError(message) from None
+        if start <= 0 or start % self.unit:
+            raise invalid(f"the address {start:#x} is not a positive multiple of {self.unit}", name)
+        if start + size > _END:
+            raise invalid(f"{size} bytes at the address {start:#x} go past {_END:#x}", name)
+        try:
+            return mapping.place(fd, size, readonly=readonly, address=start)
+        except FileExistsError:
+            message = f"something is mapped at the address {start:#x}, or in {size} bytes from it"
+            raise FileExistsError(errno.EEXIST, message, name) from None
 
     @property
     def unit(self) -> int:
@@ -279,6 +310,13 @@ class Engine(ABC):
         """
         os.unlink(f"{self.directory()}/{name}")
 
+    def leads_to(self, name: str, info: os.stat_result) -> bool:
+        """Whether the name is that of the region whose file has this status."""
+        try:
+            return os.path.samestat(os.stat(f"{self.directory()}/{name}"), info)
+        except FileNotFoundError:
+            return False
+
     def owns(self, fd: int) -> bool:
         """Whether ``fd`` is a file of this engine's file system.
 
@@ -306,13 +344,66 @@ class Engine(ABC):
             created=info.st_ctime,
         )
 
-    def _made_directory(self) -> str:
-        """The directory, made for everybody (mode 1777) if it is not there."""
+    @contextmanager
+    def _making(self, name: str) -> Iterator[str]:
+        """The directory, made for everybody (mode 1777) if it is not there, to make a file in.
+
+        :raises FileExistsError: the name is taken.
+        :raises OSError: ENODEV when this user can make no region here, and what to do about it.
+        """
+        try:
+            directory = self.directory()
+            with suppress(FileExistsError):
+                os.mkdir(directory, 0o700)
+                os.chmod(directory, 0o1777)
+            yield directory
+        except FileExistsError:
+            raise exists(name) from None
+        except OSError as error:
+            if error.errno not in RUN_OUT:
+                check = self.check()
+                if not check.works:
+                    raise OSError(errno.ENODEV, check.advice, name) from None
+            raise OSError(error.errno, error.strerror, name) from None
+
+    def _parent(self) -> str:
+        """The directory, or where it would be made."""
         directory = self.directory()
-        with suppress(FileExistsError):
-            os.mkdir(directory, 0o700)
-            os.chmod(directory, 0o1777)
-        return directory
+        return directory if os.path.lexists(directory) else os.path.dirname(directory)
+
+    def _obstacle(self, cure: str) -> Check | None:
+        """Why this user can make no file in the directory; ``cure`` if it is missing."""
+        parent = self._parent()
+        if not os.path.isdir(parent):
+            if self.chosen:
+                return Check(False, f"{parent} is not a folder; set {self.variable} to one")
+            return Check(False, f"{parent} is not a folder", cure)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            cure = f"install -d -m 1777 {self.directory()}"
+            return Check(False, f"no permission to write {parent}", cure)
+        return None
+
+
+_END = 2 * MAX_SIZE
+"""Where a process's addresses end."""
+
+
+def mounted(device: int) -> tuple[str, str]:
+    """The type and the options of the file system that is this device; empty if it isn't known.
+
+    :raises OSError: no descriptor or memory to look.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo") as mounts:
+            for line in mounts:
+                if line.split()[2] == number:
+                    kind, *_, options = line.rpartition(" - ")[2].split()
+                    return kind, options
+    except OSError as error:
+        if error.errno in RUN_OUT:
+            raise
+    return "", ""
 
 
 def open_content(path: str) -> int:
