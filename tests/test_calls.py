@@ -181,6 +181,15 @@ def test_bad_arguments(name: str, addr: int, addr_off: int, length: int, flags: 
         mshare.stat(name)
 
 
+@pytest.mark.parametrize("mode", [-1, 0o7777])
+def test_bad_mode(name: str, size: int, mode: int) -> None:
+    """More than permission bits is EINVAL, as with create."""
+    with pytest.raises(ValueError, match="permission bits"):
+        mshare.mshare(name, 0, size, RW_CREATE, mode)
+    with pytest.raises(FileNotFoundError):
+        mshare.stat(name)
+
+
 def test_length_must_be_the_regions(name: str, addr: int, size: int, engine: Engine) -> None:
     """EINVAL for another length than the region has."""
     mshare.create(name, size).close()

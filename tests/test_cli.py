@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import mshare
+from mshare import engines, module
 from mshare.cli import COMMANDS, main
 from tests.conftest import NOBODY
 
@@ -183,6 +186,36 @@ def test_doctor(capsys: Capture) -> None:
         assert engine["why"]
 
 
+def test_doctor_knows_the_engine_asked_for(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine of MSHARE_ENGINE is the one that is chosen; one that is none is an error."""
+    monkeypatch.setenv("MSHARE_ENGINE", "shm")
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "MSHARE_ENGINE allows shm alone" in shown
+    assert "shm: works, and is chosen" in shown
+    assert shown.count("is chosen") == 1
+    monkeypatch.setenv("MSHARE_ENGINE", "warp")
+    assert main(["doctor"]) == 1
+    assert "'warp': no such engine" in capsys.readouterr().err
+
+
+def test_msharefs_without_the_module(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every message says what stands in the way here, not only that nothing is mounted."""
+    problems = [("no modules here", "boot another kernel"), ("not loaded", "load it")]
+    monkeypatch.setattr(module, "status", lambda: SimpleNamespace(problems=problems))
+    engine = engines.by_name("msharefs")
+    monkeypatch.setattr(engine, "chosen", str(tmp_path / "no" / "mount"))
+    notes = ("not loaded; then: load it",)
+    assert engine.check() == (False, "no modules here", "boot another kernel", notes)
+    with pytest.raises(OSError, match="no modules here; as root: boot another kernel") as caught:
+        mshare.create(name, 4096, engine="msharefs")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, name)
+
+
 def test_output_to_a_closed_pipe(name: str) -> None:
     """A reader that goes away is no error to talk about."""
     mshare.create(name, 4096).close()
@@ -203,7 +236,7 @@ sys.exit(main(sys.argv[1:]))
 """
     for arguments, message in (
         (["rm", name], "only its owner or root"),
-        (["cp-in", name, "/etc/passwd"], "no permission to read and write"),
+        (["cp-in", name, "/etc/passwd"], "no permission to read and write the region (mode 0600)"),
     ):
         result = subprocess.run(
             [sys.executable, "-c", program, *arguments],

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,22 @@ def test_unlink_twice(engine: Engine, name: str) -> None:
         mshare.unlink(name)
     assert caught.value.errno == errno.ENOENT
     assert caught.value.filename == name
+
+
+def test_unlink_is_for_the_region_itself(engine: Engine, name: str) -> None:
+    """Region.unlink leaves a region alone that has taken the name since, also when closed."""
+    old = mshare.create(name, SIZE, engine=engine.name)
+    mshare.unlink(name)
+    with mshare.create(name, SIZE, engine=engine.name) as new:
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match="no such region") as caught:
+                old.unlink()
+            assert caught.value.filename == name
+            old.close()
+        assert mshare.stat(name) == new.stat()
+    new.unlink()
+    with pytest.raises(FileNotFoundError, match="no such region"):
+        new.unlink()
 
 
 def test_attach_missing(engine: Engine, name: str) -> None:
@@ -288,6 +305,46 @@ def test_another_user_creates(engine: Engine, name: str, as_nobody: SubPython) -
     assert mshare.stat(name).uid == 65534
 
 
+def test_creator_without_the_right_to_write(
+    engine: Engine, name: str, as_nobody: SubPython
+) -> None:
+    """Who creates a region writes to it, whatever its mode bits say to those who come after."""
+    code = """
+name, engine = sys.argv[1:]
+def fill(region):
+    memoryview(region)[0] = 7
+with mshare.create(name, 4096, 0o444, engine=engine, fill=fill) as region:
+    memoryview(region)[1] = 8
+with mshare.attach(name, readonly=True) as region:
+    print(list(bytes(region)[:2]), oct(region.mode))
+mshare.unlink(name)
+os.environ["MSHARE_ENGINE"] = engine
+length = mshare.engines.by_name(engine).granule
+mshare.mshare(name, 0, length, os.O_RDWR | os.O_CREAT, 0o444)
+"""
+    result = as_nobody(code, name, engine.name)
+    assert (result.stdout, result.stderr) == ("[7, 8] 0o444\n", "")
+    assert mshare.stat(name).mode == 0o444
+
+
+def test_creator_has_what_it_made(
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A region that takes the name right after is not the one that creation returns."""
+    link = os.link
+
+    def overtaken(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        link(*args, **kwargs)
+        mshare.unlink(name)
+        mshare.create(name, SIZE, 0o640, engine=engine.name).close()
+
+    monkeypatch.setattr(os, "link", overtaken)
+    with mshare.create(name, SIZE, engine=engine.name) as region:
+        assert region.mode == 0o600
+    assert mshare.stat(name).mode == 0o640
+
+
 def test_one_winner_of_a_hundred(engine: Engine, name: str) -> None:
     """Of 100 processes that create a name at once one has it, the others EEXIST."""
     ready, go = os.pipe()
@@ -349,6 +406,61 @@ def test_others_wait_while_it_is_filled(engine: Engine, name: str, python: SubPy
         waiting: list[Future[subprocess.CompletedProcess[str]]] = []
         mshare.create(name, SIZE, engine=engine.name, fill=fill).close()
         assert "FileExistsError" in waiting[0].result().stderr
+
+
+def test_threads_wait_while_it_is_filled(engine: Engine, name: str, python: SubPython) -> None:
+    """Threads wait as processes do, and one that creates another name lets nobody in."""
+    code = "import mshare, sys; mshare.create(sys.argv[1], 4096, engine=sys.argv[2])"
+    fills: list[int] = []
+    waiting: list[Future[Any]] = []
+
+    def create(number: int) -> str:
+        def fill(region: mshare.Region) -> None:
+            fills.append(number)
+            if number:
+                return
+            mshare.create(f"{name}-here", 4096, engine=engine.name).close()
+            pool.submit(mshare.create, f"{name}-there", 4096, engine=engine.name).result(60)
+            waiting.append(pool.submit(create, 1))
+            waiting.append(pool.submit(python, code, name, engine.name))
+            for each in waiting:
+                with pytest.raises(TimeoutError):
+                    each.result(timeout=1)
+
+        try:
+            mshare.create(name, SIZE, engine=engine.name, fill=fill).close()
+        except FileExistsError:
+            return "exists"
+        return "made"
+
+    with ThreadPoolExecutor() as pool:
+        assert create(0) == "made"
+        assert waiting[0].result() == "exists"
+        assert "FileExistsError" in waiting[1].result().stderr
+    assert fills == [0]
+
+
+def test_lock_is_released_before_children_end(engine: Engine, name: str) -> None:
+    """A process forked while a region is filled keeps nobody from creating the name again."""
+    ready, go = os.pipe()
+    children = []
+
+    def fill(region: mshare.Region) -> None:
+        children.append(os.fork())
+        if not children[0]:
+            os.close(go)
+            os.read(ready, 1)
+            os._exit(0)
+
+    mshare.create(name, SIZE, engine=engine.name, fill=fill).unlink()
+    with ThreadPoolExecutor() as pool:
+        again = pool.submit(mshare.create, name, SIZE, engine=engine.name)
+        try:
+            again.result(timeout=20).close()
+        finally:
+            os.close(go)
+            os.close(ready)
+            os.waitpid(children[0], 0)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -434,6 +546,25 @@ def test_at_an_address(engine: Engine, name: str) -> None:
         copy = pickle.dumps(region)
     with pickle.loads(copy) as region:
         assert region.address == address
+    with mshare.attach(name, address=np.int64(address)) as region:
+        assert region.address == address
+
+
+def test_bad_addresses(engine: Engine, name: str) -> None:
+    """The error has the region's name and the address; nothing is mapped elsewhere."""
+    address = 0x6000_0000_0000
+    with mshare.create(name, SIZE, engine=engine.name, address=address):
+        with pytest.raises(FileExistsError, match=hex(address)) as taken:
+            mshare.attach(name, address=address)
+        assert taken.value.filename == name
+    for bad in (0, -(1 << 30), 1 << 47, 1 << 65, (1 << 64) + address):
+        with pytest.raises(ValueError, match=hex(bad)) as caught:
+            mshare.attach(name, address=bad)
+        assert isinstance(caught.value, OSError)
+        assert caught.value.filename == name
+    for odd in (1.5, "0x600000000000"):
+        with pytest.raises(TypeError, match="an address is an integer"):
+            mshare.attach(name, address=odd)  # type: ignore[arg-type]
 
 
 def test_attach_by_descriptor(engine: Engine, name: str) -> None:
@@ -451,8 +582,12 @@ def test_attach_by_descriptor(engine: Engine, name: str) -> None:
         with pytest.raises(PermissionError):
             mshare.attach(reading)
         os.close(reading)
-        with pytest.raises(OSError, match="Bad file"):
-            mshare.attach(reading)
+        for closed in (reading, 9999, -1, 1 << 80):
+            with pytest.raises(OSError, match="Bad file") as caught:
+                mshare.attach(closed)
+            assert caught.value.filename == closed
+        with pytest.raises(TypeError):
+            mshare.attach(True)
 
 
 def test_layout_calls(engine: Engine, name: str, tmp_path: Path) -> None:

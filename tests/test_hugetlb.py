@@ -63,11 +63,32 @@ def test_not_enough_pages(hugetlb: Engine, name: str) -> None:
     with open(setting) as file:
         before = int(file.read())
     with pytest.raises(OSError, match=rf"echo \d+ > {setting}") as caught:
-        mshare.create(name, "300G", engine="hugetlb")
+        mshare.create(name, (module._free_pages(HUGE_PAGE) + 64) * HUGE_PAGE, engine="hugetlb")
     assert caught.value.errno == errno.ENOSPC
     with open(setting) as file:
         assert int(file.read()) == before
     assert name not in {region.name for region in mshare.list()}
+
+
+def test_more_than_the_machine_can_reserve(hugetlb: Engine, name: str) -> None:
+    """No command makes huge pages of memory that is not there."""
+    check = HUGETLB.check(32 << 40)
+    assert (check.works, check.cure) == (False, None)
+    assert "memory is" in check.why
+
+
+def test_folder_that_is_not_on_hugetlbfs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file system is refused with the command that mounts one, and so is no folder."""
+    monkeypatch.setattr(HUGETLB, "chosen", str(tmp_path))
+    check = HUGETLB.check()
+    assert check.why == f"{tmp_path} is not on a hugetlbfs"
+    assert check.cure == f"mount -t hugetlbfs -o mode=1777 hugetlbfs {tmp_path}"
+    with pytest.raises(OSError, match="is not on a hugetlbfs; as root: mount -t hugetlbfs"):
+        mshare.create(name, "2M", engine="hugetlb")
+    monkeypatch.setattr(HUGETLB, "chosen", "/nowhere/at/all")
+    assert HUGETLB.check().why == "/nowhere/at is not a folder; set MSHARE_HUGETLB_DIR to one"
 
 
 def test_default_engine_goes_on_without(hugetlb: Engine, name: str) -> None:

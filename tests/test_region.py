@@ -115,8 +115,13 @@ def test_close(region: mshare.Region) -> None:
     for call in (lambda: memoryview(region), region.asarray, region.fileno, region.stat):
         with pytest.raises(ValueError, match=r"closed|released"):
             call()
+    with pytest.raises(ValueError, match=f"the region '{region.name}' is closed"):
+        region.asarray()
     with pytest.raises(ValueError, match="closed"), region:
         pass
+    assert len(region) == SIZE
+    pickle.loads(pickle.dumps(region)).close()
+    region.unlink()
 
 
 def test_with_closes_and_never_unlinks(name: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import mshare
 from mshare import engines, memory
+from mshare.engines import shm
 from mshare.engines.shm import Shm
 from mshare.memory import Available
 from tests.conftest import SubPython
@@ -79,10 +80,71 @@ def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SHM, "chosen", "/nowhere/at/all")
     check = SHM.check()
     assert not check.works
-    assert check.cure
-    assert "mount" in check.cure
-    with pytest.raises(OSError, match="/nowhere/at/all"):
+    assert "set MSHARE_SHM_DIR" in check.why
+    for how in ({"size": 4096}, {"backing": __file__}):
+        with pytest.raises(OSError, match="/nowhere/at is not a folder") as caught:
+            mshare.create(name, engine="shm", **how)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, name)
+
+
+def test_folder_is_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in place of the folder is told, by the check and by creation."""
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(SHM, "chosen", str(file))
+    assert not SHM.check().works
+    with pytest.raises(OSError, match=rf"{file} is not a folder; set MSHARE_SHM_DIR") as caught:
         mshare.create(name, 4096, engine="shm")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, name)
+
+
+def test_folder_that_is_not_writable(name: str, tmp_path: Path, as_nobody: SubPython) -> None:
+    """It is the folder that is blamed, with the region's name, also for a region over a file."""
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o700)
+    (tmp_path / "content").write_bytes(b"x")
+    (tmp_path / "content").chmod(0o644)
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(path.stat().st_mode | 0o011)
+    code = """
+name, folder, file = sys.argv[1:]
+mshare.engines.by_name("shm").chosen = folder
+for how in ({"size": 4096}, {"backing": file}):
+    try:
+        mshare.create(name, engine="shm", **how)
+    except OSError as error:
+        print(error.filename == name, error.strerror)
+"""
+    result = as_nobody(code, name, folder, tmp_path / "content")
+    why = f"no permission to write {folder}; as root: install -d -m 1777 {folder}"
+    assert result.stdout.splitlines() == [f"True {why}"] * 2, result.stderr
+
+
+def test_relative_folder(name: str, tmp_path: Path, python: SubPython) -> None:
+    """The folder is where it was when mshare was imported, wherever the process goes."""
+    code = """
+import os, sys
+os.chdir(sys.argv[2])
+import mshare
+from mshare import engines
+os.chdir("/")
+print(engines.by_name("shm").check().works)
+mshare.create(sys.argv[1], 4096, engine="shm")
+"""
+    result = python(code, name, tmp_path, MSHARE_SHM_DIR="folder")
+    assert result.stdout == "True\n", result.stderr
+    assert os.listdir(tmp_path / "folder") == [name]
+
+
+def test_folder_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be mounted anew is a tmpfs; elsewhere that is no advice."""
+    monkeypatch.setattr(SHM, "chosen", str(tmp_path))
+    monkeypatch.setattr(shm, "_is_tmpfs", lambda device: False)
+    assert [note for note in SHM.check().notes if "mount -o" in note] == []
+    assert "not on a tmpfs" in SHM.check().notes[-1]
+    monkeypatch.setattr(memory, "available", lambda: Available(1 << 60, "a limit"))
+    check = SHM.check(1 << 59)
+    assert (check.works, check.cure) == (False, None)
 
 
 def test_folder_of_somebody_else(
@@ -140,6 +202,19 @@ def test_backing_deleted_and_replaced(name: str, tmp_path: Path) -> None:
     mshare.unlink(name)
     with pytest.raises(FileNotFoundError, match="no such region"):
         mshare.attach(name)
+
+
+def test_unlink_over_a_file_that_is_gone(name: str, tmp_path: Path) -> None:
+    """A region's own unlink removes it when the file is gone, and not one over another file."""
+    for file in ("first", "second"):
+        (tmp_path / file).write_bytes(b"x")
+    old = mshare.create(name, backing=tmp_path / "first", engine="shm")
+    mshare.unlink(name)
+    new = mshare.create(name, backing=tmp_path / "second", engine="shm")
+    with pytest.raises(FileNotFoundError, match="no such region"):
+        old.unlink()
+    (tmp_path / "second").unlink()
+    new.unlink()
 
 
 @pytest.mark.parametrize("what", ["missing", "folder", "empty", "pipe", "device", "deleted", "fd"])

@@ -16,7 +16,7 @@ from mshare.engines import Engine
 from mshare.engines.base import exists
 from mshare.errors import about, invalid
 from mshare.names import check_name, creating
-from mshare.regions import unlink
+from mshare.regions import check_mode, unlink
 from mshare.sizes import MAX_SIZE, SLOT_SIZE
 
 _FLAGS = os.O_ACCMODE | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -39,10 +39,11 @@ def mshare(name: str, addr: int, length: int, oflag: int, mode: int = 0o600) -> 
     :raises FileExistsError: EEXIST, O_CREAT and O_EXCL and the name is taken.
     :raises FileNotFoundError: ENOENT, no such region and no O_CREAT.
     :raises PermissionError: EACCES, the region's mode bits forbid the access.
-    :raises InvalidValue: EINVAL, a bad name, address, length or flag.
+    :raises InvalidValue: EINVAL, a bad name, address, length, flag or mode.
     """
     check_name(name)
     readonly = _readonly(oflag)
+    check_mode(mode)
     _check_range(addr, length)
     with about(name):
         return _share(name, addr, length, oflag, mode, readonly)
@@ -95,19 +96,16 @@ def _create(name: str, addr: int, length: int, mode: int, readonly: bool) -> int
     engine = engines.best(None, length)
     if length % engine.granule:
         raise invalid(f"the length is not a multiple of {engine.granule}", length)
-    engine.create(name, length, mode & 0o777)
-    fd = -1
+    fd = engine.create(name, length, mode)
     try:
-        fd = engine.open(name, readonly=False)
         if addr:
-            _copy_in(engine, fd, addr, length)
+            _copy_in(engine, fd, name, addr, length)
         return _map_over(engine, fd, name, addr, length, readonly=readonly)
     except BaseException:
         engine.unlink(name)
         raise
     finally:
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
 
 
 def _map_over(engine: Engine, fd: int, name: str, addr: int, length: int, *, readonly: bool) -> int:
@@ -121,12 +119,12 @@ def _map_over(engine: Engine, fd: int, name: str, addr: int, length: int, *, rea
     return mapping.mmap(addr, size, prot, mapping.MAP_SHARED | mapping.MAP_FIXED, fd)
 
 
-def _copy_in(engine: Engine, fd: int, addr: int, length: int) -> None:
+def _copy_in(engine: Engine, fd: int, name: str, addr: int, length: int) -> None:
     """Copy what is mapped in the range into the region; what is not reads as zeros."""
     parts = _readable(addr, addr + length)
     if not parts:
         return
-    copy = engine.place(fd, length, readonly=False)
+    copy = engine.place(fd, name, length, readonly=False)
     try:
         for start, end in parts:
             ctypes.memmove(copy + start - addr, start, end - start)

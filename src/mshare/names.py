@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,15 +37,24 @@ def check_name(name: object) -> str:
     return name
 
 
+_mine = threading.local()
+"""``names``: what this thread holds the lock for."""
+
+
 @contextmanager
 def creating(name: str) -> Iterator[None]:
-    """Let one process of this user at a time create ``name``.
+    """Let one thread of this user's processes at a time create ``name``; it may enter again.
 
-    Without it, processes that create one name together would each reserve its memory before
+    Without it, those who create one name together would each reserve its memory before
     all but one of them lose. The lock is for thrift, the file system decides who wins: where
     the lock file can't be had (another user's file stands in its place) creation goes on.
-    A killed holder's lock is released by the kernel.
+    A killed holder's lock is released by the kernel, when the children it forked meanwhile
+    are gone too.
     """
+    held = _mine.__dict__.setdefault("names", set())
+    if name in held:
+        yield
+        return
     path = f"/dev/shm/.mshare-lock-{os.geteuid()}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -52,7 +63,16 @@ def creating(name: str) -> Iterator[None]:
         return
     try:
         if os.fstat(fd).st_uid == os.geteuid():
-            fcntl.lockf(fd, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))
+            _lock(fd, name, fcntl.F_WRLCK)
+        held.add(name)
         yield
     finally:
+        held.discard(name)
+        _lock(fd, name, fcntl.F_UNLCK)
         os.close(fd)
+
+
+def _lock(fd: int, name: str, kind: int) -> None:
+    """Take or release the name's byte of the file, for the open file and not the process."""
+    flock = struct.pack("hhqqi0q", kind, os.SEEK_SET, zlib.crc32(name.encode()), 1, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, flock)

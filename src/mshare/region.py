@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from mshare import mapping
 from mshare.buffer import Exporter
-from mshare.engines import Engine, Stat
+from mshare.engines import Engine, Stat, missing
 from mshare.errors import invalid
 from mshare.sizes import PAGE_SIZE, region_size, round_up
 
@@ -35,18 +35,26 @@ class Region(Exporter):
 
     _fd = -1
 
-    def __init__(self, name: str, engine: Engine, fd: int, *, readonly: bool, address: int | None):
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        fd: int,
+        *,
+        readonly: bool,
+        address: SupportsIndex | None,
+    ) -> None:
         """Attach to the open region ``fd``, which then belongs to this object."""
         self._fd = fd
         try:
-            info = os.fstat(fd)
+            self._info = info = os.fstat(fd)
             if not st.S_ISREG(info.st_mode) or not info.st_size:
                 raise invalid("what has this name is not a region", name)
             self._name, self._engine, self._readonly = name, engine, readonly
-            self._fixed = address
             self._whole, self._mode = info.st_size, st.S_IMODE(info.st_mode)
             self._size = engine.extent(fd, self._whole)
-            self._address = engine.place(fd, self._whole, readonly=readonly, address=address)
+            self._address = engine.place(fd, name, self._whole, readonly=readonly, address=address)
+            self._fixed = None if address is None else self._address
             self._b_target = mapping.own(self._address, self._size, self._whole, readonly=readonly)
         except BaseException:
             self._fd = -1
@@ -116,6 +124,7 @@ class Region(Exporter):
         """
         import numpy as np
 
+        self.fileno()
         view = memoryview(self)
         kind = np.dtype(dtype)
         if kind.hasobject or not kind.itemsize:
@@ -199,8 +208,15 @@ class Region(Exporter):
             raise invalid(f"not whole pages inside the region of {self._whole} bytes", offset)
 
     def unlink(self) -> None:
-        """Remove the region's name; see :func:`unlink`."""
-        self._engine.unlink(self._name)
+        """Remove the region's name; see :func:`unlink`.
+
+        :raises FileNotFoundError: the name is gone, or another region has it.
+        """
+        from mshare.regions import unlink
+
+        if not self._engine.leads_to(self._name, self._info):
+            raise missing(self._name)
+        unlink(self._name, engine=self.engine)
 
     def close(self) -> None:
         """Let go of the region. Live views keep the memory until the last of them dies."""

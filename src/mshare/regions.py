@@ -26,7 +26,7 @@ def create(
     *,
     backing: PathOrFd | None = None,
     engine: str | None = None,
-    address: int | None = None,
+    address: SupportsIndex | None = None,
     locked: bool = False,
     fill: Callable[[Region], object] | None = None,
 ) -> Region:
@@ -60,7 +60,7 @@ def create(
     if size is None:
         raise TypeError("a region needs a size, or backing= a file")
     bytes_ = region_size(size)
-    mode = _check_mode(DEFAULT_MODE if mode is None else mode)
+    mode = check_mode(DEFAULT_MODE if mode is None else mode)
     with about(name):
         with creating(name):
             if engines.holder(name):
@@ -72,8 +72,8 @@ def create(
                     with Region(name, best, os.dup(fd), readonly=False, address=None) as region:
                         fill(region)
 
-            best.create(name, bytes_, mode, locked=locked, fill=filled)
-        return _attach_created(name, best, address)
+            fd = best.create(name, bytes_, mode, locked=locked, fill=filled)
+        return _attach_created(name, best, fd, address, readonly=False)
 
 
 def _create_over(
@@ -82,7 +82,7 @@ def _create_over(
     mode: int | None,
     backing: PathOrFd,
     engine: str | None,
-    address: int | None,
+    address: SupportsIndex | None,
 ) -> Region:
     if size is not None or mode is not None:
         raise invalid("a region over a file has the file's size and mode; leave them out", name)
@@ -92,23 +92,15 @@ def _create_over(
             if engines.holder(name):
                 raise exists(name)
             chosen = engines.best(engine, over_file=True)
-            chosen.create_over(name, file)
-        return _attach_created(name, chosen, address, maybe_readonly=True)
+            fd, readonly = chosen.create_over(name, file)
+        return _attach_created(name, chosen, fd, address, readonly=readonly)
 
 
 def _attach_created(
-    name: str, engine: Engine, address: int | None, *, maybe_readonly: bool = False
+    name: str, engine: Engine, fd: int, address: SupportsIndex | None, *, readonly: bool
 ) -> Region:
-    """Attach a region just made; if that fails, nothing of it remains."""
-    readonly = False
+    """Attach the region ``fd``, just made; if that fails, nothing of it remains."""
     try:
-        try:
-            fd = engine.open(name, readonly=False)
-        except OSError as error:
-            if not maybe_readonly or error.errno not in (errno.EACCES, errno.EROFS):
-                raise
-            readonly = True
-            fd = engine.open(name, readonly=True)
         return Region(name, engine, fd, readonly=readonly, address=address)
     except BaseException:
         with suppress(OSError):
@@ -116,7 +108,12 @@ def _attach_created(
         raise
 
 
-def _check_mode(mode: object) -> int:
+def check_mode(mode: object) -> int:
+    """Return ``mode`` if it is permission bits.
+
+    :raises TypeError: not an integer.
+    :raises InvalidValue: EINVAL when it is more.
+    """
     if not isinstance(mode, int) or isinstance(mode, bool):
         raise TypeError(f"mode is an integer such as 0o640, not {type(mode).__name__}")
     if not 0 <= mode <= 0o777:
@@ -129,7 +126,7 @@ def attach(
     readonly: bool = False,
     *,
     engine: str | None = None,
-    address: int | None = None,
+    address: SupportsIndex | None = None,
 ) -> Region:
     """Attach a region that exists.
 
@@ -140,16 +137,20 @@ def attach(
     :raises FileNotFoundError: no such region.
     :raises PermissionError: its mode bits forbid it.
     """
-    if isinstance(name, int):
+    if isinstance(name, int) and not isinstance(name, bool):
         return _attach_fd(name, readonly, address)
-    check_name(name)
+    name = check_name(name)
     with about(name):
         found, fd = engines.open_region(name, engine, readonly=readonly)
         return Region(name, found, fd, readonly=readonly, address=address)
 
 
-def _attach_fd(fd: int, readonly: bool, address: int | None) -> Region:
-    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+def _attach_fd(fd: int, readonly: bool, address: SupportsIndex | None) -> Region:
+    try:
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    except (OSError, ValueError, OverflowError):
+        message = f"{os.strerror(errno.EBADF)}: none such is open in this process"
+        raise OSError(errno.EBADF, message, fd) from None
     name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).removesuffix(" (deleted)")
     if access == os.O_WRONLY or (access == os.O_RDONLY and not readonly):
         raise PermissionError(errno.EACCES, "the descriptor is not open for this access", name)

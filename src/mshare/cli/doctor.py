@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 
-from mshare import engines, module
+from mshare import engines
 from mshare.cli.output import print_json
 from mshare.sizes import PAGE_SIZE, human, region_size
 
@@ -20,10 +20,10 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     size = region_size(args.size) if args.size else PAGE_SIZE
+    asked = engines.asked(None)
     checks = {engine.name: engine.check(size) for engine in engines.ENGINES}
-    if not checks["msharefs"].works:
-        checks["msharefs"] = _module_check(checks["msharefs"])
-    best = next((name for name, check in checks.items() if check.works), None)
+    able = [name for name in ([asked.name] if asked else checks) if checks[name].works]
+    best = able[0] if able else None
     if args.json:
         print_json(
             {
@@ -43,18 +43,11 @@ def main(args: argparse.Namespace) -> int:
     else:
         what = f"a region of {human(size)}" if args.size else "regions"
         print(f"Linux {platform.release()}, engines for {what}, best first:")
+        if asked:
+            print(f"MSHARE_ENGINE allows {asked.name} alone")
         for engine in engines.ENGINES:
             _show(engine, checks[engine.name], engine.name == best)
     return 0 if best else 1
-
-
-def _module_check(check: engines.Check) -> engines.Check:
-    """Why the module does not serve here: the first obstacle, and the others as notes."""
-    problems = module.status().problems
-    if not problems:
-        return check
-    (why, cure), *others = problems
-    return engines.Check(False, why, cure, tuple(f"{what}; then: {how}" for what, how in others))
 
 
 def _show(engine: engines.Engine, check: engines.Check, best: bool) -> None:

@@ -50,7 +50,7 @@ def best(
         return chosen
     for candidate in ENGINES:
         able = (candidate.maps_files or not over_file) and (candidate.locks or not locked)
-        if able and candidate.check(size).works:
+        if able and candidate.works(size):
             return candidate
     return ENGINES[-1]
 
@@ -105,12 +105,10 @@ def open_region(name: str, engine: str | None, *, readonly: bool) -> tuple[Engin
             if error.filename == name:
                 raise
         except PermissionError:
-            how = "read" if readonly else "read and write"
+            message = f"no permission to {'read' if readonly else 'read and write'} the region"
             with suppress(OSError):
-                how += f" (mode {candidate.stat(name).mode:04o})"
-            raise PermissionError(
-                errno.EACCES, f"no permission to {how} the region", name
-            ) from None
+                message += f" (mode {candidate.stat(name).mode:04o})"
+            raise PermissionError(errno.EACCES, message, name) from None
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise

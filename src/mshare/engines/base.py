@@ -9,16 +9,18 @@ leaves nothing; one that dies after leaves a region like any other.
 from __future__ import annotations
 
 import errno
+import fcntl
+import operator
 import os
 import stat as st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import ClassVar, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import ClassVar, NamedTuple, SupportsIndex
 
 from mshare import mapping
 from mshare.errors import RUN_OUT, invalid, unsupported
-from mshare.sizes import PAGE_SIZE
+from mshare.sizes import MAX_SIZE, PAGE_SIZE
 
 DEFAULT_MODE = 0o600
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -53,6 +55,11 @@ class Check(NamedTuple):
     cure: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def advice(self) -> str:
+        """``why``, and the cure if there is one."""
+        return f"{self.why}; as root: {self.cure}" if self.cure else self.why
+
 
 class Engine(ABC):
     """One way to share. An instance holds no region, only where regions are."""
@@ -75,7 +82,8 @@ class Engine(ABC):
     """The environment variable that names another directory for the regions."""
 
     def __init__(self) -> None:
-        self.chosen: str | None = os.environ.get(self.variable) or None
+        chosen = os.environ.get(self.variable)
+        self.chosen = os.path.abspath(chosen) if chosen else None
         """That directory, as it was set when mshare was imported."""
 
     @abstractmethod
@@ -88,6 +96,10 @@ class Engine(ABC):
     @abstractmethod
     def check(self, size: int = PAGE_SIZE) -> Check:
         """Whether a region of ``size`` bytes could be created by this user now."""
+
+    def works(self, size: int = PAGE_SIZE) -> bool:
+        """What :meth:`check` says, without the time to find out why not."""
+        return self.check(size).works
 
     @abstractmethod
     def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
@@ -111,8 +123,8 @@ class Engine(ABC):
         *,
         locked: bool = False,
         fill: Callable[[int], None] = lambda fd: None,
-    ) -> None:
-        """Make the region ``name`` of ``size`` bytes, whole pages.
+    ) -> int:
+        """Make the region ``name`` of ``size`` bytes, whole pages; a descriptor to write to it.
 
         :param fill: called with a descriptor of the region before it has its name.
         :raises FileExistsError: the name is taken.
@@ -126,15 +138,14 @@ class Engine(ABC):
             self.reserve(fd, size, name, locked=locked)
             fill(fd)
 
-        self._publish(name, mode, make)
+        return self._publish(name, mode, make)
 
-    def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> None:
-        """Make a file without a name, have it filled, and link it as ``name``."""
-        directory = self._made_directory()
-        path = f"{directory}/{name}"
-        if os.path.lexists(path):
-            raise exists(name)
-        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    def _publish(self, name: str, mode: int, fill: Callable[[int], None]) -> int:
+        """Make a file without a name, have it filled, and link it as ``name``; its descriptor."""
+        with self._making(name) as directory:
+            if os.path.lexists(f"{directory}/{name}"):
+                raise exists(name)
+            fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fill(fd)
             os.fchmod(fd, mode)
@@ -145,11 +156,30 @@ class Engine(ABC):
                 raise exists(name) from None
             finally:
                 os.close(parent)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return self._named(name, fd)
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def _named(self, name: str, fd: int) -> int:
+        """A descriptor of the new region ``fd`` for which ``/proc`` shows its name.
+
+        Where the mode bits keep even the owner out, or the name is gone already, ``fd`` itself.
+        """
+        try:
+            spare = self.open(name, readonly=False)
+        except OSError:
+            return fd
+        with suppress(OSError):
+            if os.path.sameopenfile(spare, fd):
+                spare, fd = fd, spare
+        os.close(spare)
+        return fd
+
+    def create_over(self, name: str, file: str | int) -> tuple[int, bool]:
         """Make the region ``name`` over a file, by path or descriptor.
+
+        :returns: a descriptor of the region, and whether its content can only be read.
 
         :raises OSError: EOPNOTSUPP when this engine can't.
         """
@@ -205,15 +235,36 @@ class Engine(ABC):
         """What :meth:`open` does when nothing is there under this name."""
         raise FileNotFoundError(errno.ENOENT, "no such region", f"{self.directory()}/{name}")
 
-    def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+    def place(
+        self,
+        fd: int,
+        name: str,
+        size: int,
+        *,
+        readonly: bool,
+        address: SupportsIndex | None = None,
+    ) -> int:
         """Map all ``size`` bytes of ``fd`` and return the address.
 
-        :raises InvalidValue: EINVAL when ``address`` is not a multiple the engine can use.
+        :raises InvalidValue: EINVAL when ``address`` is not one the engine can use.
         :raises FileExistsError: something is mapped at ``address``.
         """
-        if address is not None and (address <= 0 or address % self.unit):
-            raise invalid(f"an address is a positive multiple of {self.unit} here", hex(address))
-        return mapping.place(fd, size, readonly=readonly, address=address, alignment=self.alignment)
+        if address is None:
+            return mapping.place(fd, size, readonly=readonly, alignment=self.alignment)
+        try:
+            start = operator.index(address)
+        except TypeError:
+            message = f"an address is an integer, not {type(address).__name__}"
+            raise TypeError(message) from None
+        if start <= 0 or start % self.unit:
+            raise invalid(f"the address {start:#x} is not a positive multiple of {self.unit}", name)
+        if start + size > _END:
+            raise invalid(f"{size} bytes at the address {start:#x} go past {_END:#x}", name)
+        try:
+            return mapping.place(fd, size, readonly=readonly, address=start)
+        except FileExistsError:
+            message = f"something is mapped at the address {start:#x}, or in {size} bytes from it"
+            raise FileExistsError(errno.EEXIST, message, name) from None
 
     @property
     def unit(self) -> int:
@@ -259,6 +310,13 @@ class Engine(ABC):
         """
         os.unlink(f"{self.directory()}/{name}")
 
+    def leads_to(self, name: str, info: os.stat_result) -> bool:
+        """Whether the name is that of the region whose file has this status."""
+        try:
+            return os.path.samestat(os.stat(f"{self.directory()}/{name}"), info)
+        except FileNotFoundError:
+            return False
+
     def owns(self, fd: int) -> bool:
         """Whether ``fd`` is a file of this engine's file system.
 
@@ -286,13 +344,99 @@ class Engine(ABC):
             created=info.st_ctime,
         )
 
-    def _made_directory(self) -> str:
-        """The directory, made for everybody (mode 1777) if it is not there."""
+    @contextmanager
+    def _making(self, name: str) -> Iterator[str]:
+        """The directory, made for everybody (mode 1777) if it is not there, to make a file in.
+
+        :raises FileExistsError: the name is taken.
+        :raises OSError: ENODEV when this user can make no region here, and what to do about it.
+        """
+        try:
+            directory = self.directory()
+            with suppress(FileExistsError):
+                os.mkdir(directory, 0o700)
+                os.chmod(directory, 0o1777)
+            yield directory
+        except FileExistsError:
+            raise exists(name) from None
+        except OSError as error:
+            if error.errno not in RUN_OUT:
+                check = self.check()
+                if not check.works:
+                    raise OSError(errno.ENODEV, check.advice, name) from None
+            raise OSError(error.errno, error.strerror, name) from None
+
+    def _parent(self) -> str:
+        """The directory, or where it would be made."""
         directory = self.directory()
-        with suppress(FileExistsError):
-            os.mkdir(directory, 0o700)
-            os.chmod(directory, 0o1777)
-        return directory
+        return directory if os.path.lexists(directory) else os.path.dirname(directory)
+
+    def _obstacle(self, cure: str) -> Check | None:
+        """Why this user can make no file in the directory; ``cure`` if it is missing."""
+        parent = self._parent()
+        if not os.path.isdir(parent):
+            if self.chosen:
+                return Check(False, f"{parent} is not a folder; set {self.variable} to one")
+            return Check(False, f"{parent} is not a folder", cure)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            cure = f"install -d -m 1777 {self.directory()}"
+            return Check(False, f"no permission to write {parent}", cure)
+        return None
+
+
+_END = 2 * MAX_SIZE
+"""Where a process's addresses end."""
+
+
+def mounted(device: int) -> tuple[str, str]:
+    """The type and the options of the file system that is this device; empty if it isn't known.
+
+    :raises OSError: no descriptor or memory to look.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo") as mounts:
+            for line in mounts:
+                if line.split()[2] == number:
+                    kind, *_, options = line.rpartition(" - ")[2].split()
+                    return kind, options
+    except OSError as error:
+        if error.errno in RUN_OUT:
+            raise
+    return "", ""
+
+
+def open_content(path: str) -> int:
+    """Open a file to be shared: for writing if that is allowed.
+
+    :raises OSError: with the path, as open(2).
+    """
+    try:
+        try:
+            return os.open(path, _READ_WRITE)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EISDIR):
+                raise
+            return os.open(path, _READ)
+    except OSError as error:
+        message = f"the file for the region: {error.strerror}"
+        raise OSError(error.errno, message, path) from None
+
+
+def check_content(fd: int, file: str | int) -> tuple[os.stat_result, bool]:
+    """The status of the open ``file``, and whether it is open for reading only.
+
+    :raises InvalidValue: not a regular file, or empty.
+    """
+    try:
+        info = os.fstat(fd)
+    except OSError as error:
+        raise OSError(error.errno, f"the file for the region: {error.strerror}", file) from None
+    if not st.S_ISREG(info.st_mode):
+        raise invalid("a region can only be put over a regular file", file)
+    if not info.st_size:
+        raise invalid("a region can't be put over an empty file", file)
+    return info, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
 def exists(name: str) -> FileExistsError:

@@ -17,7 +17,8 @@ import re
 from contextlib import suppress
 from typing import ClassVar
 
-from mshare.engines.base import Check, Engine
+from mshare.engines.base import Check, Engine, mounted
+from mshare.memory import meminfo
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE, human, round_up
 
 MOUNT_POINT = "/dev/hugepages"
@@ -62,9 +63,7 @@ class Hugetlb(Engine):
     def granule(self) -> int:
         """The huge page size of the mount, 2 MiB where there is none."""
         with suppress(OSError):
-            directory = self.directory()
-            parent = directory if os.path.isdir(directory) else os.path.dirname(directory)
-            return os.statvfs(parent).f_bsize
+            return os.statvfs(self._parent()).f_bsize
         return HUGE_PAGE
 
     def check(self, size: int = PAGE_SIZE) -> Check:
@@ -72,18 +71,31 @@ class Hugetlb(Engine):
             return Check(False, "this kernel is built without hugetlbfs")
         self._forget()
         try:
-            directory = self.directory()
+            parent = self._parent()
         except OSError:
             return Check(False, "no hugetlbfs is mounted", _MOUNT)
-        parent = directory if os.path.isdir(directory) else os.path.dirname(directory)
-        if not os.access(parent, os.W_OK | os.X_OK):
-            cure = f"install -d -m 1777 {directory}"
-            return Check(False, f"no permission to write {parent}", cure)
+        return self._obstacle(_MOUNT) or self._room(parent, size)
+
+    def _obstacle(self, cure: str) -> Check | None:
+        obstacle = super()._obstacle(cure)
+        if obstacle or not self.chosen:
+            return obstacle
+        parent = self._parent()
+        if mounted(os.stat(parent).st_dev)[0] == "hugetlbfs":
+            return None
+        cure = f"mount -t hugetlbfs -o mode=1777 hugetlbfs {parent}"
+        return Check(False, f"{parent} is not on a hugetlbfs", cure)
+
+    def _room(self, parent: str, size: int) -> Check:
         page = os.statvfs(parent).f_bsize
         needed = round_up(size, page) // page
         free = _free_pages(page)
         if free < needed:
             total = _pool(page, "nr_hugepages") + needed - free
+            memory = meminfo()["MemTotal"]
+            if total * page > memory:
+                why = f"memory is {human(memory)}, {human(total * page)} of huge pages are needed"
+                return Check(False, why)
             setting = f"/sys/kernel/mm/hugepages/hugepages-{page >> 10}kB/nr_hugepages"
             why = f"{free} free huge pages of {human(page)}, {needed} needed"
             return Check(False, why, f"echo {total} > {setting}")
@@ -103,8 +115,7 @@ class Hugetlb(Engine):
         size = round_up(size, self.granule)
         check = self.check(size)
         if not check.works:
-            cure = f"; as root: {check.cure}" if check.cure else ""
-            raise OSError(errno.ENOSPC, f"no room for the region: {check.why}{cure}", name)
+            raise OSError(errno.ENOSPC, f"no room for the region: {check.advice}", name)
         os.ftruncate(fd, size)
         try:
             os.posix_fallocate(fd, 0, size)

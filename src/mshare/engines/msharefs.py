@@ -13,11 +13,11 @@ import os
 import stat as st
 import struct
 from contextlib import suppress
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, SupportsIndex
 
 from mshare import mapping
-from mshare.engines.base import Check, Engine, Stat
-from mshare.errors import invalid, no_locked_file
+from mshare.engines.base import Check, Engine, Stat, check_content, open_content
+from mshare.errors import no_locked_file
 from mshare.memory import meminfo
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
 
@@ -68,10 +68,7 @@ class Msharefs(Engine):
     def check(self, size: int = PAGE_SIZE) -> Check:
         directory = self.directory()
         if not os.path.exists(f"{directory}/mshare_info"):
-            if os.path.isdir(directory):
-                why, cure = "msharefs is not mounted", f"mount -t msharefs msharefs {directory}"
-                return Check(False, why, cure)
-            return Check(False, "the kernel module is not loaded", "mshare module load")
+            return _missing(directory)
         if not os.access(directory, os.W_OK | os.X_OK):
             return Check(False, f"no permission to write {directory}", f"chmod 1777 {directory}")
         fields = meminfo()
@@ -80,29 +77,27 @@ class Msharefs(Engine):
             return Check(False, f"memory and swap are {human(whole)}, {human(size)} are needed")
         return Check(True, f"mounted on {directory}")
 
+    def works(self, size: int = PAGE_SIZE) -> bool:
+        return os.path.exists(f"{self.directory()}/mshare_info") and super().works(size)
+
     def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         check = self.check(size)
         if not check.works:
-            raise OSError(errno.ENOSPC, f"no room for the region: {check.why}", name)
+            raise OSError(errno.ENOSPC, f"no room for the region: {check.advice}", name)
         os.ftruncate(fd, round_up(size, self.granule))
         self.map(fd, name, None, 0, size, 0, readonly=False, locked=locked)
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def create_over(self, name: str, file: str | int) -> tuple[int, bool]:
         fd = file if isinstance(file, int) else open_content(file)
         try:
-            info = os.fstat(fd)
-            if not st.S_ISREG(info.st_mode):
-                raise invalid("a region can only be put over a regular file", file)
-            if not info.st_size:
-                raise invalid("a region can't be put over an empty file", file)
-            readonly = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            info, readonly = check_content(fd, file)
             size = round_up(info.st_size, PAGE_SIZE)
 
             def fill(region: int) -> None:
                 os.ftruncate(region, round_up(size, self.granule))
                 self.map(region, name, fd, 0, size, 0, readonly=readonly)
 
-            self._publish(name, st.S_IMODE(info.st_mode) & 0o777, fill)
+            return self._publish(name, st.S_IMODE(info.st_mode) & 0o777, fill), readonly
         finally:
             if fd is not file:
                 os.close(fd)
@@ -152,15 +147,23 @@ class Msharefs(Engine):
         args = struct.pack(_PROTECTION, offset, size, _prot(readonly), 0)
         _call(fd, PROTECT, args, "protect", name)
 
-    def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+    def place(
+        self,
+        fd: int,
+        name: str,
+        size: int,
+        *,
+        readonly: bool,
+        address: SupportsIndex | None = None,
+    ) -> int:
         try:
-            return super().place(fd, size, readonly=readonly, address=address)
+            return super().place(fd, name, size, readonly=readonly, address=address)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
             why = "this process runs a virtual machine, which can attach only a locked region"
             cure = "create it with locked=True"
-            raise OSError(errno.EOPNOTSUPP, f"{why}; {cure}", f"/proc/self/fd/{fd}") from None
+            raise OSError(errno.EOPNOTSUPP, f"{why}; {cure}", name) from None
 
     def extent(self, fd: int, size: int) -> int:
         return info(fd).mapped_end or size
@@ -179,9 +182,17 @@ class Msharefs(Engine):
                 os.close(fd)
         return {}
 
-    @property
-    def unit(self) -> int:
-        return self.granule
+
+def _missing(directory: str) -> Check:
+    """Why there is no msharefs: the first obstacle, and the others as notes."""
+    from mshare import module
+
+    problems = module.status().problems
+    if not problems:
+        cure = f"mkdir -p {directory} && mount -t msharefs msharefs {directory}"
+        return Check(False, f"msharefs is not mounted on {directory}", cure)
+    (why, cure), *others = problems
+    return Check(False, why, cure, tuple(f"{what}; then: {how}" for what, how in others))
 
 
 def _prot(readonly: bool) -> int:
@@ -206,21 +217,6 @@ def _call(fd: int, code: int, args: bytes, what: str, name: str) -> None:
         number = error.errno or errno.EIO
         reason = _REASONS.get(number, os.strerror(number))
         raise OSError(number, f"can't {what}: {reason}", name) from None
-
-
-def open_content(path: str) -> int:
-    """Open a file to be shared: for writing if that is allowed.
-
-    :raises OSError: with the path, as open(2).
-    """
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        return os.open(path, os.O_RDWR | flags)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.EISDIR):
-            message = f"the file for the region: {error.strerror}"
-            raise OSError(error.errno, message, path) from None
-    return os.open(path, os.O_RDONLY | flags)
 
 
 class Info(NamedTuple):

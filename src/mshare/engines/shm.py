@@ -11,10 +11,10 @@ import functools
 import os
 import stat as st
 from contextlib import suppress
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 from mshare import mapping, memory
-from mshare.engines.base import Check, Engine, Stat, exists
+from mshare.engines.base import Check, Engine, Stat, check_content, mounted, open_content
 from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
@@ -33,25 +33,23 @@ class Shm(Engine):
         return self.chosen or "/dev/shm/mshare"
 
     def check(self, size: int = PAGE_SIZE) -> Check:
-        directory = self.directory()
-        parent = directory if os.path.isdir(directory) else os.path.dirname(directory)
-        if not os.path.isdir(parent):
-            return Check(False, f"{parent} is not a folder", "mount -t tmpfs tmpfs /dev/shm")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            return Check(False, f"no permission to write {parent}", f"chmod 1777 {parent}")
+        obstacle = self._obstacle("mount -t tmpfs tmpfs /dev/shm")
+        if obstacle:
+            return obstacle
+        available = memory.available()
+        if available.bytes < size:
+            return Check(False, f"{available} free, {human(size)} are needed")
+        parent = self._parent()
         space = os.statvfs(parent)
         free = space.f_bavail * space.f_frsize
         if free < size:
             why = f"{parent} has {human(free)} free, {human(size)} are needed"
-            return Check(
-                False, why, f"mount -o remount,size={_grown(space, size)} {_mount(parent)}"
-            )
-        available = memory.available()
-        if available.bytes < size:
-            return Check(False, f"{available} free, {human(size)} are needed")
-        return Check(True, f"{human(free)} free on {parent}", None, self._notes(directory, parent))
+            cure = f"mount -o remount,size={_grown(space, size)} {_mount(parent)}"
+            return Check(False, why, cure if _is_tmpfs(os.stat(parent).st_dev) else None)
+        return Check(True, f"{human(free)} free on {parent}", None, self._notes(parent))
 
-    def _notes(self, directory: str, parent: str) -> tuple[str, ...]:
+    def _notes(self, parent: str) -> tuple[str, ...]:
+        directory = self.directory()
         notes = []
         with suppress(OSError):
             info = os.stat(directory)
@@ -60,7 +58,10 @@ class Shm(Engine):
                     f"{directory} belongs to user {info.st_uid}, who can remove any region in it; "
                     f"as root: chown root:root {directory}"
                 )
-        if not _huge_setting(os.stat(parent).st_dev):
+        device = os.stat(parent).st_dev
+        if not _is_tmpfs(device):
+            notes.append(f"{parent} is not on a tmpfs: regions are files on its disk")
+        elif not _huge_setting(device):
             notes.append(
                 f"transparent huge pages are off on {_mount(parent)}; "
                 f"as root: mount -o remount,huge=advise {_mount(parent)}"
@@ -70,8 +71,7 @@ class Shm(Engine):
     def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         check = self.check(size)
         if not check.works:
-            cure = f"; try: {check.cure}" if check.cure else ""
-            raise OSError(errno.ENOSPC, f"no room for the region: {check.why}{cure}", name)
+            raise OSError(errno.ENOSPC, f"no room for the region: {check.advice}", name)
         os.ftruncate(fd, size)
         _populate_huge(fd, size)
         try:
@@ -79,13 +79,19 @@ class Shm(Engine):
         except OSError as error:
             raise OSError(error.errno, f"no room for the region: {error.strerror}", name) from None
 
-    def create_over(self, name: str, file: str | int) -> None:
+    def create_over(self, name: str, file: str | int) -> tuple[int, bool]:
         path = _path_of(file)
-        directory = self._made_directory()
+        fd = open_content(path)
         try:
-            os.symlink(path, f"{directory}/{name}")
-        except FileExistsError:
-            raise exists(name) from None
+            _, readonly = check_content(fd, file)
+            if isinstance(file, int) and not os.path.sameopenfile(fd, file):
+                raise invalid(_NO_PATH, file)
+            with self._making(name) as directory:
+                os.symlink(path, f"{directory}/{name}")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, readonly
 
     def _open_missing(self, name: str, *, readonly: bool) -> int:
         path = f"{self.directory()}/{name}"
@@ -95,14 +101,26 @@ class Shm(Engine):
             raise FileNotFoundError(errno.ENOENT, message, name)
         return super()._open_missing(name, readonly=readonly)
 
-    def place(self, fd: int, size: int, *, readonly: bool, address: int | None = None) -> int:
+    def leads_to(self, name: str, info: os.stat_result) -> bool:
+        path = f"{self.directory()}/{name}"
+        return super().leads_to(name, info) or (os.path.islink(path) and not os.path.exists(path))
+
+    def place(
+        self,
+        fd: int,
+        name: str,
+        size: int,
+        *,
+        readonly: bool,
+        address: SupportsIndex | None = None,
+    ) -> int:
         if not _huge_setting(os.fstat(fd).st_dev):
-            return super().place(fd, size, readonly=readonly, address=address)
+            return super().place(fd, name, size, readonly=readonly, address=address)
         if address is None:
             # elsewhere no huge page is used, and since 6.12 a fault makes none
             placed = mapping.place(fd, size, readonly=readonly, alignment=HUGE_PAGE)
         else:
-            placed = super().place(fd, size, readonly=readonly, address=address)
+            placed = super().place(fd, name, size, readonly=readonly, address=address)
         with suppress(OSError):
             mapping.madvise(placed, size, mapping.MADV_HUGEPAGE)
         return placed
@@ -134,28 +152,23 @@ class Shm(Engine):
         )
 
 
+_NO_PATH = "the open file has no path any more, so a name can't lead to it"
+
+
 def _path_of(file: str | int) -> str:
-    """The absolute path of a regular, non-empty file this user can open."""
-    try:
-        if isinstance(file, str):
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            info = os.fstat(fd)
-            os.close(fd)
-        else:
-            info = os.fstat(file)
-    except OSError as error:
-        raise OSError(error.errno, f"the file for the region: {error.strerror}", file) from None
-    if not st.S_ISREG(info.st_mode):
-        raise invalid("a region can only be put over a regular file", file)
-    if not info.st_size:
-        raise invalid("a region can't be put over an empty file", file)
+    """The absolute path of a file. :raises InvalidValue: it is open, and has none any more."""
     if isinstance(file, str):
         return os.path.realpath(file)
+    check_content(file, file)
     path = os.readlink(f"/proc/self/fd/{file}")
-    with suppress(OSError):
-        if os.path.samestat(os.stat(path), info):
-            return path
-    raise invalid("the open file has no path any more, so a name can't lead to it", file)
+    if not os.path.exists(path):
+        raise invalid(_NO_PATH, file)
+    return path
+
+
+@functools.cache
+def _is_tmpfs(device: int) -> bool:
+    return mounted(device)[0].endswith("tmpfs")
 
 
 @functools.cache
@@ -172,13 +185,11 @@ def _huge_setting(device: int) -> str:
             machine = file.read().split("[")[-1].split("]")[0]
         if machine in ("deny", "force"):
             return machine.replace("deny", "")
-        number = f"{os.major(device)}:{os.minor(device)}"
-        with open("/proc/self/mountinfo") as mounts:
-            options = next((line.split()[-1] for line in mounts if line.split()[2] == number), "")
     except OSError as error:
         if error.errno in RUN_OUT:
             raise
         return ""
+    options = mounted(device)[1]
     setting = next((word for word in options.split(",") if word.startswith("huge=")), "")
     return setting.removeprefix("huge=").replace("never", "")
 
