@@ -442,9 +442,10 @@ def test_command(tmp_path: Path, shm: str, capsys: Capture) -> None:
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: Capture) -> None:
-    """What makes no sense is one line that says why."""
-    assert main(["advise", *arguments]) == 1
+    """What makes no sense is wrong usage, and its last line says why."""
+    with pytest.raises(SystemExit) as caught:
+        main(["advise", *arguments])
+    assert caught.value.code == 2
     output = capsys.readouterr()
-    assert message in output.err
-    assert output.err.count("\n") == 1
+    assert message in output.err.splitlines()[-1]
     assert not output.out

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from mshare import engines, module
 from mshare.cli import COMMANDS, main
 from tests.conftest import NOBODY
 
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+COMMAND = [sys.executable, "-c", "import mshare.cli; mshare.cli.run()"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -95,9 +98,6 @@ def test_backing_and_broken(name: str, tmp_path: Path, capsys: Capture) -> None:
     ("arguments", "message"),
     [
         (["create", "NAME"], "--backing"),
-        (["create", "NAME", "4Q"], "not a size"),
-        (["create", "NAME", "0"], "positive"),
-        (["create", "NAME", "1"], "whole pages"),
         (["create", "NAME", "30T"], "room"),
         (["create", "a/b", "4K"], "slash"),
         (["create", "NAME", "4K", "--mode", "rw"], "octal"),
@@ -121,6 +121,29 @@ def test_errors(name: str, arguments: list[str], message: str, capsys: Capture) 
     assert name not in {region.name for region in mshare.list()}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["create", "a", "4Q"], "not a size"),
+        (["create", "a", "0"], "positive"),
+        (["create", "a", "1"], "whole pages"),
+        (["cp-in", "a", "/dev/null", "--size", "99X"], "not a size"),
+        (["map", "a", "-", "--offset=-1K"], "'-1K': an offset"),
+        (["unmap", "a", "0", "0K"], "positive"),
+        (["protect", "a", "x", "4K", "--readonly"], "not a size"),
+        (["lab", "--memory", "1X", "--dry-run"], "not a size"),
+        (["lab", "--hugepages", "-1", "--dry-run"], "--hugepages: '-1': give a number, 0 or more"),
+        (["lab", "--timeout", "nan", "--dry-run"], "give a number"),
+    ],
+)
+def test_wrong_values(arguments: list[str], message: str, capsys: Capture) -> None:
+    """A value that no machine would accept is wrong usage."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_copy_a_file(name: str, tmp_path: Path, capsys: Capture) -> None:
     """The region is made to fit, then used again; what is too large leaves it alone."""
     file = tmp_path / "file"
@@ -135,6 +158,9 @@ def test_copy_a_file(name: str, tmp_path: Path, capsys: Capture) -> None:
     assert main(["cp-in", name, str(file)]) == 0
     with mshare.attach(name) as region:
         assert bytes(region)[:6] == b"short" + data[5:6]
+    assert main(["cp-in", name, str(file), "--size", "100K"]) == 0
+    assert main(["cp-in", name, str(file), "--size", "104K"]) == 1
+    assert "leave --size out" in capsys.readouterr().err
     file.write_bytes(bytes(200_000))
     assert main(["cp-in", name, str(file)]) == 1
     assert "does not fit" in capsys.readouterr().err
@@ -145,7 +171,7 @@ def test_copy_a_file(name: str, tmp_path: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize("size", [[], ["--size", "64K"]])
 def test_copy_standard_input(name: str, size: list[str]) -> None:
     """A pipe of unknown length is kept until its length is known; --size saves that."""
-    command = [sys.executable, "-c", "import mshare.cli; mshare.cli.run()", "cp-in", name, "-"]
+    command = [*COMMAND, "cp-in", name, "-"]
     data = os.urandom(50_000)
     subprocess.run([*command, *size, "--engine", "shm"], input=data, check=True)
     with mshare.attach(name) as region:
@@ -161,6 +187,18 @@ def test_failed_copy_leaves_nothing(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(pipe))
     assert main(["cp-in", name, "-", "--size", "4K", "--engine", "shm"]) == 1
     assert "does not fit" in capsys.readouterr().err
+    assert name not in {region.name for region in mshare.list()}
+
+
+def test_killed_copy_leaves_nothing(name: str) -> None:
+    """A new region is not there before all of the input is in it, wherever the copy ends."""
+    command = [*COMMAND, "cp-in", name, "-", "--size", "64M", "--engine", "shm"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as copy:
+        assert copy.stdin is not None
+        copy.stdin.write(bytes(32 << 20))
+        copy.stdin.flush()
+        assert name not in {region.name for region in mshare.list()}
+        copy.kill()
     assert name not in {region.name for region in mshare.list()}
 
 
@@ -216,12 +254,80 @@ def test_msharefs_without_the_module(
     assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, name)
 
 
-def test_output_to_a_closed_pipe(name: str) -> None:
-    """A reader that goes away is no error to talk about."""
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "ls",
+        "ls --json",
+        "plan --size 1G --processes 2",
+        "top --once --interval 0.1",
+        "bench --help",
+    ],
+)
+def test_output_to_a_closed_pipe(name: str, arguments: str) -> None:
+    """A reader that goes away is no error to talk about: 141."""
     mshare.create(name, 4096).close()
-    command = f"{sys.executable} -c 'import mshare.cli; mshare.cli.run()' ls --json | true"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert "Traceback" not in result.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [*COMMAND, *arguments.split()],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+        env=BUFFERED,
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_output_that_has_no_room(name: str) -> None:
+    """The message says that it is the output which has no room, not the region."""
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*COMMAND, "create", name, "4K"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            env=BUFFERED,
+        )
+    message = "'standard output': all is done, but can't be told: No space left on device"
+    assert (result.returncode, result.stderr.decode()) == (1, f"mshare create: {message}\n")
+    mshare.unlink(name)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(name: str, closed: str) -> None:
+    """What is closed is as /dev/null, and messages go nowhere else."""
+    script = f'"$0" "$@" {closed}'
+    run = ["sh", "-c", script, *COMMAND]
+    done = subprocess.run([*run, "create", name, "4K"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert bool(done.stdout) == (">&-" not in closed.split())
+    done = subprocess.run([*run, "create", name, "4K"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert bool(done.stderr) == ("2>&-" not in closed)
+    for arguments in ("ls", "top --once --interval 0.1", "plan --size 1G --processes 2"):
+        done = subprocess.run([*run, *arguments.split()], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signal_before_the_command_is_read(number: signal.Signals, code: int) -> None:
+    """While the commands are imported a signal ends it as it does later, without a traceback."""
+    program = f"""
+import os, sys
+from mshare.cli import run
+class Sends:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mshare.cli.create":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Sends())
+run(["ls"])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
 
 
 def test_other_users_region(root: None, name: str) -> None:

@@ -137,14 +137,11 @@ def test_port_in_use(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--port", "65536"], "0 to 65535"),
-        (["--port", "-1"], "0 to 65535"),
         (["--port", "0", "--address", "192.0.2.1"], "192.0.2.1"),
         (["--port", "0", "--address", "no such place"], "no such place"),
         (["--textfile", "FOLDER/mshare.txt"], ".prom"),
         (["--textfile", "FOLDER/missing/mshare.prom"], "No such file"),
         (["--textfile", "FOLDER/folder.prom"], "Is a directory"),
-        (["--programs", "0"], "1 or more"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: Capture) -> None:
@@ -156,6 +153,15 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: C
     assert output.err.count("\n") == 1
     assert not output.out
     assert os.listdir(tmp_path) == ["folder.prom"]
+
+
+@pytest.mark.parametrize("arguments", [["--port", "65536"], ["--port", "-1"], ["--programs", "0"]])
+def test_numbers_out_of_range(arguments: list[str], capsys: Capture) -> None:
+    """What is no port or no number of programs is wrong usage."""
+    with pytest.raises(SystemExit) as caught:
+        main(["export", *arguments])
+    assert caught.value.code == 2
+    assert "give a number" in capsys.readouterr().err
 
 
 def test_unwritable_folder(root: None, python: SubPython, tmp_path: Path) -> None:
@@ -178,7 +184,7 @@ def test_library_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
     """Without the client library the message has the command that installs it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["export"]) == 1
-    assert "pip install 'mshare[export]'" in capsys.readouterr().err
+    assert "pip install '.[export]'" in capsys.readouterr().err
 
 
 def test_regions_come_and_go(name: str) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mshare.lab import kernels
+from mshare.lab import Options, kernels, options
+from mshare.lab.build import build_module
 from mshare.lab.guest import Guest, archive, guest_environment
 from mshare.lab.kmsg import find_reports, is_report, kernels_races, message
 from mshare.lab.packages import SERIES, apt_command, kernel_packages, version_key
@@ -214,6 +215,40 @@ def test_environment() -> None:
     assert seen["PATH"].startswith("/x:") and "/usr/sbin" in seen["PATH"]
     assert (seen["MSHARE_ENGINE"], seen["PYTHONPATH"], seen["TERM"]) == ("shm", "/y", "a")
     assert "SECRET" not in seen
+
+
+def test_log_is_left_alone_until_it_runs(
+    boot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line alone does not empty the log of an earlier run."""
+    log = tmp_path / "log"
+    log.write_text("earlier\n")
+    kernel = kernels.Kernel("6.1", bzimage(boot / "vmlinuz", "6.1"), None, boot)
+    monkeypatch.setattr(options, "find_kernel", lambda name: kernel)
+    monkeypatch.setattr(options, "needed_modules", lambda kernel, disks: [])
+    options.command_line(["true"], Options(module=False, accel="tcg", log=log))
+    assert log.read_text() == "earlier\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Options(timeout=float("nan")), "processors and time"),
+        (Options(cpus=0), "processors and time"),
+        (Options(hugepages=-1), "huge pages is 0 or more"),
+    ],
+)
+def test_options_out_of_range(wrong: Options, message: str) -> None:
+    """What is wrong is named."""
+    with pytest.raises(ValueError, match=message):
+        options.command_line(["true"], wrong)
+
+
+def test_folder_without_sources(tmp_path: Path) -> None:
+    """The message is a whole sentence about the folder."""
+    kernel = kernels.Kernel("6.1", tmp_path, None, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no Kbuild or Makefile in this folder"):
+        build_module(kernel, tmp_path)
 
 
 def test_covered_folders_are_shown() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from mshare.names import check_name
-from mshare.sizes import human, parse_size, region_size, round_up
+from mshare.sizes import human, parse_offset, parse_size, region_size, round_up
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,14 @@ from mshare.sizes import human, parse_size, region_size, round_up
 def test_parse(text: str, size: int) -> None:
     """Units are powers of 1024."""
     assert parse_size(text) == size
+
+
+def test_parse_offset() -> None:
+    """An offset is a size, or nothing in any unit, and never negative."""
+    assert [parse_offset(text) for text in ("0", "0K", " 0 GiB", "4K")] == [0, 0, 0, 4096]
+    for text in ("-1K", "", "K"):
+        with pytest.raises(ValueError, match=r"offset|not a size"):
+            parse_offset(text)
 
 
 def test_parse_integers() -> None:

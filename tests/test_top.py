@@ -22,7 +22,8 @@ import pytest
 import mshare
 from mshare import pagetables, watch
 from mshare.cli import main
-from mshare.cli.top import _console, _frame
+from mshare.cli.output import console
+from mshare.cli.top import _frame
 from mshare.watch import Program, Rates, Region, Snapshot
 
 Capture = pytest.CaptureFixture[str]
@@ -75,7 +76,7 @@ def test_readable_in_80_columns(capsys: Capture) -> None:
     """Large figures and the longest names fit, with nothing cut but names."""
     long = counted(10**9, 10**6, name="n" * 255)
     before, after = moment(0.0, counted(0, 0), long._replace(faults=0)), moment(1.0, long)
-    _console(80).print(_frame(before, after, None, 10))
+    console(80).print(_frame(before, after, None, 10))
     shown = capsys.readouterr().out
     lines = [line.rstrip() for line in shown.splitlines()]
     assert max(map(len, lines)) <= 80
@@ -93,7 +94,7 @@ def test_fits_the_screen(height: int, capsys: Capture) -> None:
     many = [counted(0, 0, name=f"region-{number}") for number in range(100)]
     now = moment(1.0, *many)
     now = now._replace(programs=now.programs * 50)
-    _console(80).print(_frame(now, now, height, 10))
+    console(80).print(_frame(now, now, height, 10))
     shown = capsys.readouterr().out
     assert shown.count("\n") <= max(height, 9)
     assert re.search(r"^and \d+ smaller regions$", shown, re.M)
@@ -213,9 +214,10 @@ def rest(fd: int, seconds: float = 0.2) -> bytes:
     ],
 )
 def test_bad_input(arguments: list[str], capsys: Capture) -> None:
-    """What makes no sense is one line that says why."""
-    assert main(["top", "--once", *arguments]) == 1
+    """What makes no sense is wrong usage, and its last line says why."""
+    with pytest.raises(SystemExit) as caught:
+        main(["top", "--once", *arguments])
+    assert caught.value.code == 2
     output = capsys.readouterr()
-    assert output.err.startswith("mshare top: ")
-    assert output.err.count("\n") == 1
+    assert "give a number" in output.err.splitlines()[-1]
     assert not output.out

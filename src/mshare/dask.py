@@ -34,7 +34,7 @@ from mshare.errors import invalid
 from mshare.memory import available
 from mshare.names import check_name, creating
 from mshare.region import Region
-from mshare.regions import _check_mode, attach, create
+from mshare.regions import check_mode, attach, create
 from mshare.sizes import PAGE_SIZE, human, round_up
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -66,7 +66,7 @@ class Dataset(WorkerPlugin):
         mode: int = DEFAULT_MODE,
         engine: str | None = None,
     ) -> None:
-        self.name, self.mode, self._engine = check_name(name), _check_mode(mode), engine
+        self.name, self.mode, self._engine = check_name(name), check_mode(mode), engine
         if engine is not None:
             engines.by_name(engine)
         if not callable(source) and not isinstance(source, str | os.PathLike):

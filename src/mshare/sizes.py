@@ -28,20 +28,7 @@ def parse_size(size: SupportsIndex | str) -> int:
     :raises InvalidValue: EINVAL when it is not a size, or not positive.
     """
     if isinstance(size, str):
-        text = size.strip().upper()
-        digits = text.rstrip("KMGTPIB ")
-        unit = text[len(digits) :].strip()
-        prefix = unit.removesuffix("B").removesuffix("I")
-        try:
-            value = int(digits) if digits.isascii() and digits.isdigit() else float(digits)
-            number = value * (1 << _UNITS[prefix])
-            if number != int(number):
-                raise ValueError
-        except (ValueError, KeyError, OverflowError):
-            raise invalid(
-                "not a size; write bytes, or a number and K, M, G, T or P", size
-            ) from None
-        number = int(number)
+        number = _bytes(size)
     elif isinstance(size, bool):
         raise TypeError("a size is an integer or a string, not bool")
     else:
@@ -58,9 +45,27 @@ def parse_size(size: SupportsIndex | str) -> int:
 def parse_offset(offset: str) -> int:
     """Bytes from a string as for :func:`parse_size`, or 0.
 
-    :raises InvalidValue: EINVAL when it is not a size.
+    :raises InvalidValue: EINVAL when it is not a size, or negative.
     """
-    return 0 if offset.strip() == "0" else parse_size(offset)
+    number = _bytes(offset)
+    if number < 0:
+        raise invalid("an offset is 0 or more bytes", offset)
+    return number
+
+
+def _bytes(size: str) -> int:
+    text = size.strip().upper()
+    digits = text.rstrip("KMGTPIB ")
+    unit = text[len(digits) :].strip()
+    prefix = unit.removesuffix("B").removesuffix("I")
+    try:
+        value = int(digits) if digits.isascii() and digits.isdigit() else float(digits)
+        number = value * (1 << _UNITS[prefix])
+        if number != int(number):
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        raise invalid("not a size; write bytes, or a number and K, M, G, T or P", size) from None
+    return int(number)
 
 
 def region_size(size: SupportsIndex | str) -> int:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from statistics import median
 from typing import Any
 
@@ -126,7 +127,7 @@ def _workers(count: int) -> Iterator[list[Connection]]:
     """Pipes to ``count`` live worker processes, which end with the block, however it ends."""
     context = get_context("spawn")
     pipes: list[Connection] = []
-    processes = []
+    processes: list[SpawnProcess] = []
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
@@ -138,6 +139,8 @@ def _workers(count: int) -> Iterator[list[Connection]]:
         for pipe in pipes:
             _answer(pipe)
         yield pipes
+    except (EOFError, ConnectionError):
+        raise ChildProcessError(_death(processes)) from None
     finally:
         for pipe in pipes:
             pipe.close()
@@ -148,11 +151,16 @@ def _workers(count: int) -> Iterator[list[Connection]]:
                 process.join()
 
 
+def _death(processes: Sequence[SpawnProcess]) -> str:
+    """How the worker ended whose pipe is closed."""
+    wait([process.sentinel for process in processes], 5)
+    code = next((each.exitcode for each in processes if each.exitcode is not None), None)
+    how = f"by signal {-code}" if code and code < 0 else f"with exit code {code}"
+    return f"a worker process died {how}; dmesg may say why"
+
+
 def _answer(pipe: Connection) -> Any:
-    try:
-        answer = pipe.recv()
-    except EOFError:
-        raise ChildProcessError("a worker process died; dmesg may say why") from None
+    answer = pipe.recv()
     if isinstance(answer, Exception):
         raise answer
     return answer

@@ -39,7 +39,8 @@ COMMANDS = (
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 it could not be done, a message says why; 2 wrong usage;
-3 content was found wrong (bench); 130 and 143 interrupted, nothing left behind"""
+3 content was found wrong (bench); 129, 130 and 143 interrupted, no region half made;
+141 the reader of the output went away"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,19 +83,42 @@ class _Completion(argparse.Action):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    args = build_parser().parse_args(arguments)
+    command = "mshare"
     try:
-        code: int = args.main(args)
-        sys.stdout.flush()
+        try:
+            args = build_parser().parse_args(arguments)
+            command = f"mshare {args.command}"
+            code: int = args.main(args)
+        except SystemExit:
+            _flush()
+            raise
+        _flush()
         return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
     except (OSError, ValueError, TypeError) as error:
-        print(f"mshare {args.command}: {explain(error)}", file=sys.stderr)
+        print(f"{command}: {explain(error)}", file=sys.stderr)
         return 1
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        message = f"all is done, but can't be told: {error.strerror}"
+        raise OSError(error.errno, message, "standard output") from None
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere, or Python would complain at its end."""
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
 
 
 def explain(error: Exception) -> str:
@@ -105,7 +129,7 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-def run() -> NoReturn:
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the command."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
@@ -113,4 +137,14 @@ def run() -> NoReturn:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGHUP, end)
-    sys.exit(main())
+    _open_missing()
+    sys.exit(main(arguments))
+
+
+def _open_missing() -> None:
+    """Open /dev/null for standard streams that are closed, lest a region get their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(fd, True)
+            setattr(sys, name, open(fd, mode))  # noqa: SIM115

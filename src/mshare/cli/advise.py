@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 from mshare import advice, pagetables
 from mshare.advice import Advice, Progress, Target
-from mshare.cli.output import print_json, progress_bar
-from mshare.errors import invalid
-from mshare.sizes import human, parse_size
+from mshare.cli.arguments import between, size
+from mshare.cli.output import print_json, processes, progress_bar
+from mshare.sizes import human
 
 SUMMARY = "find what many processes map here, what its page tables cost, and what to change"
 EXAMPLE = "  mshare advise\n  sudo mshare advise --min 100M --json"
@@ -27,17 +27,22 @@ root: all."""
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{SUMMARY}\n\n{_HOW}"
     add = parser.add_argument
-    add("--min", default="1M", metavar="SIZE", help="leave out what would save less (1M)")
-    add("--limit", type=int, default=10, metavar="N", help="show so many, best first (10)")
+    add(
+        "--min", type=size, default="1M", metavar="SIZE", help="leave out what would save less (1M)"
+    )
+    add(
+        "--limit",
+        type=between(int, 1),
+        default=10,
+        metavar="N",
+        help="show so many, best first (10)",
+    )
     add("--json", action="store_true", help="bytes, for programs")
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.limit < 1:
-        raise invalid("--limit is 1 or more", args.limit)
-    minimum = parse_size(args.min)
     with _progress() as progress:
-        found = advice.scan(minimum, progress)
+        found = advice.scan(args.min, progress)
     targets = found.targets[: args.limit]
     if args.json:
         print_json(
@@ -52,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     for number, target in enumerate(targets, 1):
         _show(number, target)
-    _sum_up(found, len(targets), minimum)
+    _sum_up(found, len(targets), args.min)
     return 0
 
 
@@ -78,7 +83,7 @@ def _show(number: int, target: Target) -> None:
     print(f"   saves {human(target.saves)} of {human(target.page_tables)} of page tables")
     print(
         f"   {target.kind}, {human(target.size)} mapped, {human(target.resident)} resident, "
-        f"{len(target.pids):,} processes"
+        f"{processes(len(target.pids))}"
     )
     programs += f" and {more} more" if more > 0 else ""
     print(f"   programs: {programs}, such as PID {target.pids[0]}")
@@ -91,7 +96,7 @@ def _sum_up(found: Advice, shown: int, minimum: int) -> None:
     elif shown < len(found.targets):
         print(f"{len(found.targets) - shown} more: mshare advise --limit {len(found.targets)}")
     whole = human(pagetables.system())
-    print(f"looked at {found.read:,} processes; page tables of all processes here: {whole}")
+    print(f"looked at {processes(found.read)}; page tables of all processes here: {whole}")
     if found.unreadable:
         how = "not even root may" if not os.geteuid() else "run it as root"
         print(f"could not be looked at: {found.unreadable:,} ({how})")

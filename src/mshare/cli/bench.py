@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from mshare import engines
-from mshare.cli.output import print_json, print_table, progress_bar, say
-from mshare.errors import invalid
+from mshare.cli.arguments import argument, between
+from mshare.cli.output import print_json, print_table, processes, progress_bar, say
 from mshare.hugepages import reserved
 from mshare.sizes import human, region_size
 
@@ -27,10 +27,14 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", action="append", choices=names, help="measure this one (default: all that work)"
     )
-    parser.add_argument("--size", help="of the float32 array that is shared (default 1G)")
-    parser.add_argument("--file", help="share the content of this file instead")
-    parser.add_argument("--processes", type=int, default=8, metavar="N", help="default 8")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="show medians of N runs")
+    shared, text = parser.add_mutually_exclusive_group(), "of the float32 array (default 1G)"
+    shared.add_argument("--size", type=argument(region_size), default="1G", help=text)
+    shared.add_argument("--file", help="share the content of this file instead")
+    many = between(int, 1)
+    parser.add_argument("--processes", type=many, default=8, metavar="N", help="default 8")
+    parser.add_argument(
+        "--repeat", type=many, default=1, metavar="N", help="show medians of N runs"
+    )
     parser.add_argument(
         "--reserve",
         action="store_true",
@@ -47,13 +51,9 @@ def main(args: argparse.Namespace) -> int:
     from mshare.bench import plot
     from mshare.bench.content import ArrayContent, FileContent
 
-    if args.processes < 1 or args.repeat < 1:
-        raise invalid("--processes and --repeat are 1 or more", min(args.processes, args.repeat))
-    if args.file and args.size:
-        raise invalid("--file has its own size; leave --size out", args.size)
     if args.plot:
         plot.check(args.plot)
-    content = FileContent(args.file) if args.file else ArrayContent(region_size(args.size or "1G"))
+    content = FileContent(args.file) if args.file else ArrayContent(args.size)
     with ExitStack() as stack:
         if args.reserve:
             _reserve(stack, content.size)
@@ -108,7 +108,9 @@ def _progress(steps: int) -> Iterator[Progress]:
 
 def _print(rows: list[Row], repeat: int) -> None:
     first = rows[0]
-    title = f"{human(first.size_bytes)} shared by {first.processes} processes, Linux {first.kernel}"
+    title = (
+        f"{human(first.size_bytes)} shared by {processes(first.processes)}, Linux {first.kernel}"
+    )
     if repeat > 1:
         title += f", medians of {repeat} runs"
     columns = (

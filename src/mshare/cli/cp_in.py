@@ -12,40 +12,53 @@ from typing import BinaryIO
 
 import mshare
 from mshare import engines
+from mshare.cli.arguments import argument
+from mshare.cli.output import progress_bar
 from mshare.errors import invalid
-from mshare.sizes import PAGE_SIZE, human, parse_size, round_up
+from mshare.sizes import PAGE_SIZE, human, region_size, round_up
 
 SUMMARY = "copy a file or standard input into a region, made if it is not there"
 EXAMPLE = """\
   mshare cp-in features features.npy
   zstdcat features.zst | mshare cp-in features - --size 4G"""
+_HOW = """\
+A new region is there when all of the input is in it, and not before. In a region that was there the
+input is put at the beginning, in sight of all who have it, and what is behind it stays."""
 _CHUNK = 8 << 20
 
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"{SUMMARY}\n\n{_HOW}"
     parser.add_argument("name")
     parser.add_argument("file", help="a file, or - for standard input")
-    parser.add_argument("--size", help="size of the region to make (default: what the file needs)")
+    text = "size of the region to make (default: what the file needs)"
+    parser.add_argument("--size", type=argument(region_size), help=text)
     parser.add_argument("--engine", choices=[engine.name for engine in engines.ENGINES])
 
 
 def main(args: argparse.Namespace) -> int:
     with _source(args) as source:
-        length = _length(source)
-        needed = None if length is None else round_up(max(length, 1), PAGE_SIZE)
-        region, made = _target(args, needed)
+        length, copied = _length(source), 0
+
+        def fill(region: mshare.Region) -> None:
+            nonlocal copied
+            if length is not None and length > region.size:
+                raise _too_large(region, human(length))
+            copied = _copy(source, region, length)
+            if length is not None and copied < length:
+                message = f"the input ended after {copied} of {length} bytes"
+                raise OSError(errno.EIO, message, args.file)
+
         try:
+            region = mshare.attach(args.name, engine=args.engine)
+        except FileNotFoundError:
+            size = args.size or _needed(length, args.name)
+            region = mshare.create(args.name, size, engine=args.engine, fill=fill)
+        else:
             with region:
-                if length is not None and length > region.size:
-                    raise _too_large(region, human(length))
-                copied = _copy(source, region, length)
-                if length is not None and copied < length:
-                    message = f"the input ended after {copied} of {length} bytes"
-                    raise OSError(errno.EIO, message, args.file)
-        except BaseException:
-            if made:
-                region.unlink()
-            raise
+                _check_size(region, args.size)
+                fill(region)
+    region.close()
     print(f"{args.name}: {copied} bytes copied into {human(region.size)} on {region.engine}")
     return 0
 
@@ -79,35 +92,31 @@ def _length(source: BinaryIO) -> int | None:
     return os.fstat(source.fileno()).st_size - source.tell()
 
 
-def _target(args: argparse.Namespace, needed: int | None) -> tuple[mshare.Region, bool]:
-    """The region to fill, and whether it was made for this."""
-    try:
-        return mshare.attach(args.name, engine=args.engine), False
-    except FileNotFoundError:
-        size = parse_size(args.size) if args.size else needed
-        if size is None:
-            raise invalid("give --size: the input's length is not known", args.name) from None
-        return mshare.create(args.name, size, engine=args.engine), True
+def _needed(length: int | None, name: str) -> int:
+    if length is None:
+        raise invalid("give --size: the input's length is not known", name)
+    return round_up(max(length, 1), PAGE_SIZE)
+
+
+def _check_size(region: mshare.Region, size: int | None) -> None:
+    """See that a region which was there has the size that was asked for."""
+    if size is None:
+        return
+    if region.size not in (size, round_up(size, engines.by_name(region.engine).granule)):
+        message = f"it is there with {human(region.size)}; leave --size out, or remove it first"
+        raise FileExistsError(errno.EEXIST, message, region.name)
 
 
 def _copy(source: BinaryIO, region: mshare.Region, length: int | None) -> int:
     """Copy all of ``source``; the number of bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     memory, copied = memoryview(region), 0
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("copy", total=length)
+    with progress_bar(length) as (bar, task):
         while chunk := source.read(_CHUNK):
             if copied + len(chunk) > region.size:
                 raise _too_large(region, "the input")
             memory[copied : copied + len(chunk)] = chunk
             copied += len(chunk)
-            bar.update(task, completed=copied)
+            bar.update(task, description=human(copied), completed=copied)
     return copied
 
 

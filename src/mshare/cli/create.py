@@ -6,8 +6,9 @@ import argparse
 
 import mshare
 from mshare import engines
+from mshare.cli.arguments import argument
 from mshare.errors import invalid
-from mshare.sizes import human
+from mshare.sizes import human, region_size
 
 SUMMARY = "create a region"
 EXAMPLE = "  mshare create features 4G --mode 0640"
@@ -15,7 +16,9 @@ EXAMPLE = "  mshare create features 4G --mode 0640"
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
-    parser.add_argument("size", nargs="?", help="bytes, or a number and K, M, G or T")
+    parser.add_argument(
+        "size", type=argument(region_size), nargs="?", help="bytes, or a number and K, M, G, T or P"
+    )
     parser.add_argument("--mode", help="permission bits in octal (default 0600)")
     parser.add_argument("--backing", metavar="FILE", help="a file to be the region's content")
     parser.add_argument("--locked", action="store_true", help="all in memory now, and never moved")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mshare.cli.arguments import between
 from mshare.cli.output import say
 from mshare.errors import invalid
 from mshare.watch import Snapshot, snapshot
@@ -27,21 +28,21 @@ EXAMPLE = """\
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{SUMMARY}; without --port or --textfile, print them"
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--port", type=int, help="serve /metrics on this port; 0 takes a free one")
+    port = between(int, 0, 65535)
+    where.add_argument("--port", type=port, help="serve /metrics on this port; 0 takes a free one")
     where.add_argument(
         "--textfile", metavar="FILE.prom", help="write a file for node exporter, whole at any time"
     )
     add = parser.add_argument
     add("--address", default="127.0.0.1", help="to serve on (127.0.0.1: this machine alone)")
-    add("--programs", type=int, default=10, metavar="N", help="those with most page tables (10)")
+    most = "those with most page tables (10)"
+    add("--programs", type=between(int, 1), default=10, metavar="N", help=most)
 
 
 def main(args: argparse.Namespace) -> int:
     if not importlib.util.find_spec("prometheus_client"):
         missing = "the Prometheus client library is not installed"
-        raise OSError(errno.ENOENT, f"{missing}: pip install 'mshare[export]'")
-    if args.programs < 1:
-        raise invalid("--programs is 1 or more", args.programs)
+        raise OSError(errno.ENOENT, f"{missing}; in a checkout of mshare: pip install '.[export]'")
     registry = _registry(args.programs)
     if args.port is not None:
         _serve(registry, args.port, args.address)
@@ -105,8 +106,6 @@ def _serve(registry: CollectorRegistry, port: int, address: str) -> None:
     """Answer until interrupted."""
     from prometheus_client import start_http_server
 
-    if not 0 <= port <= 65535:
-        raise invalid("a port is 0 to 65535", port)
     try:
         server, thread = start_http_server(port, address, registry)
     except OSError as error:

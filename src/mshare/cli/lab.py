@@ -10,10 +10,11 @@ import termios
 import tty
 from pathlib import Path
 
+from mshare.cli import explain
+from mshare.cli.arguments import between, size
 from mshare.cli.output import say
 from mshare.lab import EXIT_LAB, Options, Result, command_line, run
 from mshare.lab.kmsg import kernels_races
-from mshare.sizes import parse_size
 
 SUMMARY = "boot a stock kernel with the module in QEMU and run a command there"
 EXAMPLE = "  mshare lab --kernel 6.1 -- mshare bench"
@@ -25,20 +26,22 @@ mshare lab exits with the command's own status (128+N for signal N), or
 
 _REPORTS_SHOWN = 5
 _RACES_SHOWN = 10
-_NO_LIMIT = 1e9
+_NO_LIMIT = 10**9
 
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--kernel", metavar="6.1|6.12|PATH", help="series, bzImage or build tree (newest series)")
-    add("--memory", default="2G", metavar="SIZE", help="of the machine (2G)")
-    add("--cpus", type=int, default=2, metavar="N", help="of the machine (2)")
-    add("--timeout", type=float, metavar="S", help="seconds, boot included (600; for a shell none)")
+    add("--memory", type=size, default="2G", metavar="SIZE", help="of the machine (2G)")
+    add("--cpus", type=between(int, 1), default=2, metavar="N", help="of the machine (2)")
+    text = "seconds, boot included (600; for a shell none)"
+    add("--timeout", type=between(float, 0.1, _NO_LIMIT), metavar="S", help=text)
     add("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="auto: KVM if it boots")
     add("--one-thread", action="store_true", help="emulated processors take turns")
-    add("--disk", metavar="SIZE", help="an empty ext4 disk at /mnt/disk")
-    add("--swap", metavar="SIZE", help="a swap device")
-    add("--hugepages", type=int, default=0, metavar="N", help="huge pages of 2 MiB to reserve")
+    add("--disk", type=size, metavar="SIZE", help="an empty ext4 disk at /mnt/disk")
+    add("--swap", type=size, metavar="SIZE", help="a swap device")
+    text = "huge pages of 2 MiB to reserve"
+    add("--hugepages", type=between(int, 0), default=0, metavar="N", help=text)
     add("--write", type=Path, metavar="DIR", help="a folder here that the command may write to")
     add("--kernel-args", default="", metavar="ARGS", help="more kernel parameters")
     add("--cpu-model", default="", metavar="MODEL", help="QEMU's name of the processor")
@@ -63,8 +66,6 @@ def main(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
-        from mshare.cli import explain
-
         say(f"mshare lab: {explain(error)}")
         return EXIT_LAB
     _explain(result, options)
@@ -77,15 +78,15 @@ def _options(args: argparse.Namespace, terminal: tuple[int, int] | None) -> Opti
         timeout = _NO_LIMIT if terminal else Options.timeout
     return Options(
         kernel=args.kernel,
-        memory=parse_size(args.memory),
+        memory=args.memory,
         cpus=args.cpus,
         timeout=timeout,
         accel=args.accel,
         one_thread=args.one_thread,
         cpu_model=args.cpu_model,
         module=False if args.no_module else args.module or True,
-        disk=parse_size(args.disk) if args.disk else 0,
-        swap=parse_size(args.swap) if args.swap else 0,
+        disk=args.disk or 0,
+        swap=args.swap or 0,
         hugepages=args.hugepages,
         write=args.write,
         kernel_args=args.kernel_args,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import mshare
-from mshare.sizes import parse_offset
+from mshare.cli.arguments import offset, size
 
 SUMMARY = "put a file, or fresh memory, into a region (engine msharefs)"
 EXAMPLE = """\
@@ -16,9 +16,13 @@ EXAMPLE = """\
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
     parser.add_argument("file", help="a path, or - for fresh memory, all zeros")
-    parser.add_argument("--offset", default="0", metavar="SIZE", help="where in the region (0)")
-    parser.add_argument("--length", metavar="SIZE", help="how much (to the end)")
-    parser.add_argument("--file-offset", default="0", metavar="SIZE", help="where in the file (0)")
+    parser.add_argument(
+        "--offset", type=offset, default="0", metavar="SIZE", help="where in the region (0)"
+    )
+    parser.add_argument("--length", type=size, metavar="SIZE", help="how much (to the end)")
+    parser.add_argument(
+        "--file-offset", type=offset, default="0", metavar="SIZE", help="where in the file (0)"
+    )
     parser.add_argument("--readonly", action="store_true", help="nobody may write through it")
 
 
@@ -26,9 +30,9 @@ def main(args: argparse.Namespace) -> int:
     with mshare.attach(args.name) as region:
         region.map(
             None if args.file == "-" else args.file,
-            parse_offset(args.offset),
+            args.offset,
             args.length,
             args.readonly,
-            file_offset=parse_offset(args.file_offset),
+            file_offset=args.file_offset,
         )
     return 0

@@ -9,7 +9,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
+
+
+def console(width: int | None = None, *, stderr: bool = False) -> Console:
+    """Where rich writes. A reader that goes away is an error, as it is for ``print``."""
+    from rich.console import Console
+
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Pipe(width=width, stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
@@ -20,7 +32,6 @@ def print_json(value: Any) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
     """Print a table; columns whose heading starts with ``>`` are right-aligned."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
@@ -32,20 +43,22 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False, markup=False).print(table)
+    console(width).print(table)
+
+
+def processes(number: int) -> str:
+    """``"1 process"``, ``"1,500 processes"``."""
+    return f"{number:,} {'process' if number == 1 else 'processes'}"
 
 
 @contextmanager
 def progress_bar(steps: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
     """A bar on standard error, if that is a terminal, with what is being done beside it."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    shown = console(stderr=True)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         yield bar, bar.add_task("", total=steps)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from mshare import cost
-from mshare.cli.output import print_json, print_table
+from mshare.cli.arguments import argument, between, size
+from mshare.cli.output import print_json, print_table, processes
 from mshare.errors import invalid
-from mshare.sizes import MAX_SIZE, PAGE_SIZE, human, parse_size, round_up
+from mshare.sizes import HUGE_PAGE, MAX_SIZE, PAGE_SIZE, human, parse_size, round_up
 
 SUMMARY = "reckon what each engine would cost: page tables and faults"
 EXAMPLE = "  mshare plan --size 300G --processes 1500"
@@ -22,26 +23,32 @@ _NOTES = {
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--size", required=True, help="of the memory that is shared")
-    add("--processes", type=int, required=True, metavar="N", help="that use all of it")
-    add("--page-size", default="4K", metavar="SIZE", help="4K (default), or 2M: huge pages in shm")
+    add("--size", type=argument(_size), required=True, help="of the memory that is shared")
+    add("--processes", type=between(int, 1), required=True, metavar="N", help="that use all of it")
+    text = "4K (default), or 2M: huge pages in shm"
+    sizes = PAGE_SIZE, HUGE_PAGE
+    add("--page-size", type=size, choices=sizes, default="4K", metavar="SIZE", help=text)
     add("--access", choices=("read", "write"), default="read", help="of the processes (read)")
     add("--json", action="store_true", help="bytes, for programs")
 
 
+def _size(text: str) -> int:
+    """Whole pages that a process can map."""
+    number = parse_size(text)
+    if number > MAX_SIZE:
+        raise invalid(f"larger than a process can map ({human(MAX_SIZE)})", text)
+    return round_up(number, PAGE_SIZE)
+
+
 def main(args: argparse.Namespace) -> int:
-    size = parse_size(args.size)
-    if size > MAX_SIZE:
-        raise invalid(f"larger than a process can map ({human(MAX_SIZE)})", args.size)
-    page_size = parse_size(args.page_size)
-    size = round_up(size, PAGE_SIZE)
-    rows = cost.plan(size, args.processes, page_size=page_size, writing=args.access == "write")
+    writing = args.access == "write"
+    rows = cost.plan(args.size, args.processes, page_size=args.page_size, writing=writing)
     if args.json:
         print_json(
             {
-                "size_bytes": size,
+                "size_bytes": args.size,
                 "processes": args.processes,
-                "page_size_bytes": page_size,
+                "page_size_bytes": args.page_size,
                 "access": args.access,
                 "engines": [
                     {
@@ -81,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
             )
             for row in rows
         ],
-        f"{human(size)} in {args.processes:,} processes, each {args.access}s every page",
+        f"{human(args.size)} in {processes(args.processes)}, each {args.access}s every page",
     )
     for row in rows:
         print(f"{row.engine}: {_NOTES[row.engine]}")

@@ -7,9 +7,10 @@ import errno
 import os
 
 from mshare import engines, preload
+from mshare.cli import explain
+from mshare.cli.arguments import size
 from mshare.cli.output import say
 from mshare.engines.msharefs import Msharefs
-from mshare.sizes import parse_size
 
 SUMMARY = "run a program whose large shared mappings then share page tables"
 EXAMPLE = """\
@@ -29,7 +30,7 @@ library; 127 there is no such program"""
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     limit = "leave smaller mappings alone (64M)"
-    add("--min-size", type=_size, default="64M", metavar="SIZE", help=limit)
+    add("--min-size", type=size, default="64M", metavar="SIZE", help=limit)
     add("--verbose", action="store_true", help="say on standard error what is shared, what not")
     add("--fallback", action="store_true", help="run it all the same where nothing can be shared")
     way = parser.add_mutually_exclusive_group(required=True)
@@ -37,15 +38,6 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
     text = "the program and its arguments, after --"
     way.add_argument("argv", nargs="*", default=[], metavar="PROGRAM", help=text)
     parser.epilog = f"{(parser.epilog or '').split('exit codes')[0]}{NOTES}"
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        from mshare.cli import explain
-
-        raise argparse.ArgumentTypeError(explain(error)) from None
 
 
 def main(args: argparse.Namespace) -> int:
@@ -91,7 +83,5 @@ def _environment(size: int, *, verbose: bool) -> dict[str, str]:
 
 
 def _stop(error: OSError, code: int) -> int:
-    from mshare.cli import explain
-
     say(f"mshare run: {explain(error)}")
     return code

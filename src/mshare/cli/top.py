@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import select
 import sys
@@ -15,37 +14,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mshare.cli.output import print_json
-from mshare.errors import invalid
+from mshare.cli.arguments import between
+from mshare.cli.output import console, print_json
 from mshare.sizes import human
 from mshare.watch import Snapshot, rates, snapshot
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.table import Table
 
 SUMMARY = "watch regions, page tables, and the programs with most of them; q ends it"
 EXAMPLE = "  mshare top\n  mshare top --once --json"
 
 _WIDTH = 80
-_LONGEST = 3600
 _FRAME_LINES = 7
 """Lines of a frame that are neither a region nor a program."""
 
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--interval", type=float, default=2.0, metavar="SECONDS", help="between looks (2)")
+    seconds = between(float, 0.1, 3600)
+    add("--interval", type=seconds, default=2.0, metavar="SECONDS", help="between looks (2)")
     add("--once", action="store_true", help="show one interval and end")
-    add("--programs", type=int, default=10, metavar="N", help="how many to show (10)")
+    add("--programs", type=between(int, 1), default=10, metavar="N", help="how many to show (10)")
     add("--json", action="store_true", help="bytes, for programs; a line for each interval")
 
 
 def main(args: argparse.Namespace) -> int:
-    if not (math.isfinite(args.interval) and 0.1 <= args.interval <= _LONGEST):
-        raise invalid(f"--interval is 0.1 to {_LONGEST} seconds", args.interval)
-    if args.programs < 1:
-        raise invalid("--programs is 1 or more", args.programs)
     if args.once:
         before = snapshot()
         time.sleep(args.interval)
@@ -53,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
         if args.json:
             print_json(_values(before, after, args.programs))
         else:
-            _console(_WIDTH).print(_frame(before, after, None, args.programs))
+            console(_WIDTH).print(_frame(before, after, None, args.programs))
     elif args.json:
         for before, after in _looks(args.interval, _sleep):
             print(json.dumps(_values(before, after, args.programs)), flush=True)
@@ -61,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         _live(args.interval, args.programs)
     else:
         for before, after in _looks(args.interval, _sleep):
-            _console(_WIDTH).print(_frame(before, after, None, args.programs))
+            console(_WIDTH).print(_frame(before, after, None, args.programs))
             sys.stdout.flush()
     return 0
 
@@ -84,12 +79,12 @@ def _live(interval: float, programs: int) -> None:
     """On the whole screen until q, which is as it was afterwards."""
     from rich.live import Live
 
-    console = _console(None)
-    with _keys() as wait, Live(console=console, screen=True, auto_refresh=False) as live:
+    screen = console()
+    with _keys() as wait, Live(console=screen, screen=True, auto_refresh=False) as live:
         first = snapshot()
-        live.update(_frame(first, first, console.height, programs), refresh=True)
+        live.update(_frame(first, first, screen.height, programs), refresh=True)
         for before, after in _looks(interval, wait):
-            live.update(_frame(before, after, console.height, programs), refresh=True)
+            live.update(_frame(before, after, screen.height, programs), refresh=True)
 
 
 @contextmanager
@@ -114,12 +109,6 @@ def _keys() -> Iterator[Callable[[float], bool]]:
         yield wait
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, saved)
-
-
-def _console(width: int | None) -> Console:
-    from rich.console import Console
-
-    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def _frame(before: Snapshot, after: Snapshot, height: int | None, programs: int) -> Group:

@@ -42,7 +42,7 @@ def build_module(kernel: Kernel, source: Path) -> Path:
     :raises OSError: the build failed; the message has the compiler's last lines.
     """
     if not _makefile(source):
-        raise FileNotFoundError(errno.ENOENT, "no Kbuild or Makefile in", str(source))
+        raise FileNotFoundError(errno.ENOENT, "no Kbuild or Makefile in this folder", str(source))
     if kernel.build is None:
         raise FileNotFoundError(
             errno.ENOENT,

@@ -69,9 +69,14 @@ def run(
     :raises OSError: the module does not build, or KVM was demanded and does not work.
     :raises ValueError: an option is out of range, or the kernel is none.
     """
-    with _session(command, options or Options()) as session:
+    options = options or Options()
+    with _session(command, options) as session:
         session.stdin, session.stdout, session.stderr = stdin, stdout, stderr
-        return session.run()
+        if options.log is None:
+            return session.run()
+        with options.log.open("wb", buffering=0) as log:
+            session.log = log.fileno()
+            return session.run()
 
 
 def command_line(command: Sequence[str], options: Options | None = None) -> list[str]:
@@ -90,8 +95,10 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
     """All but the boot: find the parts, build the module, make the disks."""
     if options.memory < MINIMUM_MEMORY:
         raise ValueError(f"the guest needs {MINIMUM_MEMORY >> 20} MiB of memory at least")
-    if options.cpus < 1 or options.timeout <= 0 or options.hugepages < 0:
+    if options.cpus < 1 or not options.timeout > 0:
         raise ValueError("processors and time are positive numbers")
+    if options.hugepages < 0:
+        raise ValueError("the number of huge pages is 0 or more")
     qemu.find_qemu()
     kernel = find_kernel(options.kernel)
     module: Path | None = None
@@ -139,15 +146,11 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
             hugepages=options.hugepages,
             written=written,
         )
-        log = None
-        if options.log:
-            log = stack.enter_context(options.log.open("wb", buffering=0)).fileno()
         yield Session(
             machine=machine,
             guest=guest,
             timeout=options.timeout,
             boot_timeout=min(options.boot_timeout, options.timeout),
-            log=log,
             disks=disks,
         )
 
