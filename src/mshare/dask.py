@@ -34,7 +34,7 @@ from mshare.errors import invalid
 from mshare.memory import available
 from mshare.names import check_name, creating
 from mshare.region import Region
-from mshare.regions import check_mode, attach, create
+from mshare.regions import attach, check_mode, create
 from mshare.sizes import PAGE_SIZE, human, round_up
 
 Array = np.ndarray[Any, np.dtype[Any]]
