@@ -8,6 +8,7 @@ import mshare
 from mshare import engines
 from mshare.cli.arguments import argument
 from mshare.errors import invalid
+from mshare.regions import check_mode
 from mshare.sizes import human, region_size
 
 SUMMARY = "create a region"
@@ -19,7 +20,8 @@ def set_argparser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "size", type=argument(region_size), nargs="?", help="bytes, or a number and K, M, G, T or P"
     )
-    parser.add_argument("--mode", help="permission bits in octal (default 0600)")
+    text = "permission bits in octal (default 0600)"
+    parser.add_argument("--mode", type=argument(_mode), help=text)
     parser.add_argument("--backing", metavar="FILE", help="a file to be the region's content")
     parser.add_argument("--locked", action="store_true", help="all in memory now, and never moved")
     parser.add_argument("--engine", choices=[engine.name for engine in engines.ENGINES])
@@ -31,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     with mshare.create(
         args.name,
         args.size,
-        None if args.mode is None else _octal(args.mode),
+        args.mode,
         backing=args.backing,
         engine=args.engine,
         locked=args.locked,
@@ -40,8 +42,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _octal(text: str) -> int:
+def _mode(text: str) -> int:
     try:
-        return int(text, 8)
+        return check_mode(int(text, 8))
     except ValueError:
         raise invalid("a mode is an octal number such as 0640", text) from None

@@ -6,6 +6,7 @@ import argparse
 import platform
 
 from mshare import engines
+from mshare.cli.arguments import argument
 from mshare.cli.output import print_json
 from mshare.sizes import PAGE_SIZE, human, region_size
 
@@ -14,12 +15,13 @@ EXAMPLE = "  mshare doctor --size 4G"
 
 
 def set_argparser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", help="of the region you want (default: one page)")
+    text = "of the region you want (default: one page)"
+    parser.add_argument("--size", type=argument(region_size), help=text)
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def main(args: argparse.Namespace) -> int:
-    size = region_size(args.size) if args.size else PAGE_SIZE
+    size = args.size or PAGE_SIZE
     asked = engines.asked(None)
     checks = {engine.name: engine.check(size) for engine in engines.ENGINES}
     able = [name for name in ([asked.name] if asked else checks) if checks[name].works]
