@@ -61,6 +61,9 @@ def test_asarray_shapes(region: mshare.Region) -> None:
     assert region.asarray("float32", (4, 5), 400).shape == (4, 5)
     assert region.asarray("float32", [4, 5]).shape == (4, 5)
     assert region.asarray("float32", ()).shape == ()
+    assert region.asarray("float32", -1).shape == (SIZE // 4,)
+    assert region.asarray("float32", (-1, 16), 4).shape == (SIZE // 64 - 1, 16)
+    assert region.asarray("float32", (2, -1, 8)).shape == (2, SIZE // 64, 8)
     fortran = region.asarray("int32", (2, 3), order="F")
     fortran[:] = [[1, 2, 3], [4, 5, 6]]
     assert region.asarray("int32", 6).tolist() == [1, 4, 2, 5, 3, 6]
@@ -77,8 +80,12 @@ def test_asarray_shapes(region: mshare.Region) -> None:
         ("float32", SIZE // 4, 4),
         ("uint8", 1, SIZE),
         ("uint8", 1, -1),
-        ("uint8", -1, 0),
+        ("uint8", -2, 0),
         ("uint8", (-1, -1), 0),
+        ("uint8", (-1, -2), 0),
+        ("uint8", (-1, 0), 0),
+        ("uint8", (-1, SIZE + 1), 0),
+        (f"S{SIZE + 1}", None, 0),
         ("uint8", (1 << 40, 1 << 40), 0),
         ("uint8", None, SIZE),
     ],

@@ -117,7 +117,8 @@ class Region(Exporter):
         The array keeps the memory mapped, whatever becomes of this object; it is read-only
         if the attachment is.
 
-        :param shape: elements; by default one axis of all that fit from ``offset`` on.
+        :param shape: elements. One axis may be -1: as many as fit from ``offset`` on, which is
+            also the default.
         :param offset: bytes from the start of the region.
         :raises TypeError: not a data type, or one that holds Python objects.
         :raises ValueError: outside the region, or the region is closed.
@@ -133,15 +134,17 @@ class Region(Exporter):
             raise invalid("order is 'C' or 'F'", order)
         if not 0 <= offset < self._size:
             raise invalid(f"the offset is outside the region of {self._size} bytes", offset)
-        if shape is None:
-            shape = (self._size - offset) // kind.itemsize
-        axes = shape if isinstance(shape, Iterable) else (shape,)
+        axes = shape if isinstance(shape, Iterable) else (-1 if shape is None else shape,)
         lengths = tuple(operator.index(length) for length in axes)
+        room = self._size - offset
+        each = -math.prod(lengths) * kind.itemsize
+        if each > 0 and lengths.count(-1) == 1:
+            lengths = tuple(max(room // each, 1) if n == -1 else n for n in lengths)
         needed = math.prod(lengths) * kind.itemsize
         if any(length < 0 for length in lengths):
             raise invalid("a length in the shape is negative", lengths)
-        if offset + needed > self._size:
-            have = f"the region has {self._size - offset} bytes from offset {offset}"
+        if needed > room:
+            have = f"the region has {room} bytes from offset {offset}"
             raise invalid(f"the array needs {needed} bytes, {have}", lengths)
         return np.ndarray(lengths, kind, buffer=view, offset=offset, order=order)
 
