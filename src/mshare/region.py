@@ -139,7 +139,8 @@ class Region(Exporter):
         room = self._size - offset
         each = -math.prod(lengths) * kind.itemsize
         if each > 0 and lengths.count(-1) == 1:
-            lengths = tuple(max(room // each, 1) if n == -1 else n for n in lengths)
+            axis = lengths.index(-1)
+            lengths = (*lengths[:axis], max(room // each, 1), *lengths[axis + 1 :])
         needed = math.prod(lengths) * kind.itemsize
         if any(length < 0 for length in lengths):
             raise invalid("a length in the shape is negative", lengths)
