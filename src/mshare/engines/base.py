@@ -9,7 +9,6 @@ leaves nothing; one that dies after leaves a region like any other.
 from __future__ import annotations
 
 import errno
-import fcntl
 import operator
 import os
 import stat as st
@@ -19,12 +18,11 @@ from contextlib import contextmanager, suppress
 from typing import ClassVar, NamedTuple, SupportsIndex
 
 from mshare import mapping
+from mshare.engines.files import READ, READ_WRITE
 from mshare.errors import RUN_OUT, invalid, unsupported
 from mshare.sizes import MAX_SIZE, PAGE_SIZE
 
 DEFAULT_MODE = 0o600
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-_READ_WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Stat(NamedTuple):
@@ -227,7 +225,7 @@ class Engine(ABC):
         :raises PermissionError: its mode bits forbid this user the access.
         """
         try:
-            return os.open(f"{self.directory()}/{name}", _READ if readonly else _READ_WRITE)
+            return os.open(f"{self.directory()}/{name}", READ if readonly else READ_WRITE)
         except FileNotFoundError:
             return self._open_missing(name, readonly=readonly)
 
@@ -249,8 +247,14 @@ class Engine(ABC):
         :raises InvalidValue: EINVAL when ``address`` is not one the engine can use.
         :raises FileExistsError: something is mapped at ``address``.
         """
-        if address is None:
-            return mapping.place(fd, size, readonly=readonly, alignment=self.alignment)
+        start = None if address is None else self._checked(address, name, size)
+        try:
+            return self._place(fd, name, size, start, readonly=readonly)
+        except FileExistsError:
+            message = f"something is mapped at the address {start:#x}, or in {size} bytes from it"
+            raise FileExistsError(errno.EEXIST, message, name) from None
+
+    def _checked(self, address: SupportsIndex, name: str, size: int) -> int:
         try:
             start = operator.index(address)
         except TypeError:
@@ -260,11 +264,12 @@ class Engine(ABC):
             raise invalid(f"the address {start:#x} is not a positive multiple of {self.unit}", name)
         if start + size > _END:
             raise invalid(f"{size} bytes at the address {start:#x} go past {_END:#x}", name)
-        try:
-            return mapping.place(fd, size, readonly=readonly, address=start)
-        except FileExistsError:
-            message = f"something is mapped at the address {start:#x}, or in {size} bytes from it"
-            raise FileExistsError(errno.EEXIST, message, name) from None
+        return start
+
+    def _place(self, fd: int, name: str, size: int, start: int | None, *, readonly: bool) -> int:
+        """Map at ``start``, or with None where the engine is at its best."""
+        alignment = self.alignment
+        return mapping.place(fd, size, readonly=readonly, address=start, alignment=alignment)
 
     @property
     def unit(self) -> int:
@@ -386,57 +391,6 @@ class Engine(ABC):
 
 _END = 2 * MAX_SIZE
 """Where a process's addresses end."""
-
-
-def mounted(device: int) -> tuple[str, str]:
-    """The type and the options of the file system that is this device; empty if it isn't known.
-
-    :raises OSError: no descriptor or memory to look.
-    """
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo") as mounts:
-            for line in mounts:
-                if line.split()[2] == number:
-                    kind, *_, options = line.rpartition(" - ")[2].split()
-                    return kind, options
-    except OSError as error:
-        if error.errno in RUN_OUT:
-            raise
-    return "", ""
-
-
-def open_content(path: str) -> int:
-    """Open a file to be shared: for writing if that is allowed.
-
-    :raises OSError: with the path, as open(2).
-    """
-    try:
-        try:
-            return os.open(path, _READ_WRITE)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EROFS, errno.EISDIR):
-                raise
-            return os.open(path, _READ)
-    except OSError as error:
-        message = f"the file for the region: {error.strerror}"
-        raise OSError(error.errno, message, path) from None
-
-
-def check_content(fd: int, file: str | int) -> tuple[os.stat_result, bool]:
-    """The status of the open ``file``, and whether it is open for reading only.
-
-    :raises InvalidValue: not a regular file, or empty.
-    """
-    try:
-        info = os.fstat(fd)
-    except OSError as error:
-        raise OSError(error.errno, f"the file for the region: {error.strerror}", file) from None
-    if not st.S_ISREG(info.st_mode):
-        raise invalid("a region can only be put over a regular file", file)
-    if not info.st_size:
-        raise invalid("a region can't be put over an empty file", file)
-    return info, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
 def exists(name: str) -> FileExistsError:

@@ -13,10 +13,11 @@ import os
 import stat as st
 import struct
 from contextlib import suppress
-from typing import ClassVar, NamedTuple, SupportsIndex
+from typing import ClassVar, NamedTuple
 
 from mshare import mapping
-from mshare.engines.base import Check, Engine, Stat, check_content, open_content
+from mshare.engines.base import Check, Engine, Stat
+from mshare.engines.files import check_content, open_content
 from mshare.errors import no_locked_file
 from mshare.memory import meminfo
 from mshare.sizes import PAGE_SIZE, SLOT_SIZE, human, round_up
@@ -147,17 +148,9 @@ class Msharefs(Engine):
         args = struct.pack(_PROTECTION, offset, size, _prot(readonly), 0)
         _call(fd, PROTECT, args, "protect", name)
 
-    def place(
-        self,
-        fd: int,
-        name: str,
-        size: int,
-        *,
-        readonly: bool,
-        address: SupportsIndex | None = None,
-    ) -> int:
+    def _place(self, fd: int, name: str, size: int, start: int | None, *, readonly: bool) -> int:
         try:
-            return super().place(fd, name, size, readonly=readonly, address=address)
+            return super()._place(fd, name, size, start, readonly=readonly)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise

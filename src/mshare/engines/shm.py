@@ -11,10 +11,11 @@ import functools
 import os
 import stat as st
 from contextlib import suppress
-from typing import ClassVar, SupportsIndex
+from typing import ClassVar
 
 from mshare import mapping, memory
-from mshare.engines.base import Check, Engine, Stat, check_content, mounted, open_content
+from mshare.engines.base import Check, Engine, Stat
+from mshare.engines.files import check_content, mounted, open_content
 from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
@@ -105,22 +106,11 @@ class Shm(Engine):
         path = f"{self.directory()}/{name}"
         return super().leads_to(name, info) or (os.path.islink(path) and not os.path.exists(path))
 
-    def place(
-        self,
-        fd: int,
-        name: str,
-        size: int,
-        *,
-        readonly: bool,
-        address: SupportsIndex | None = None,
-    ) -> int:
+    def _place(self, fd: int, name: str, size: int, start: int | None, *, readonly: bool) -> int:
         if not _huge_setting(os.fstat(fd).st_dev):
-            return super().place(fd, name, size, readonly=readonly, address=address)
-        if address is None:
-            # elsewhere no huge page is used, and since 6.12 a fault makes none
-            placed = mapping.place(fd, size, readonly=readonly, alignment=HUGE_PAGE)
-        else:
-            placed = super().place(fd, name, size, readonly=readonly, address=address)
+            return super()._place(fd, name, size, start, readonly=readonly)
+        # elsewhere no huge page is used, and since 6.12 a fault makes none
+        placed = mapping.place(fd, size, readonly=readonly, address=start, alignment=HUGE_PAGE)
         with suppress(OSError):
             mapping.madvise(placed, size, mapping.MADV_HUGEPAGE)
         return placed
