@@ -205,6 +205,7 @@ def test_no_memory_is_left(file: Path) -> None:
             lines = sum(b"/file" in line for line in maps)
         return lines, len(os.listdir("/proc/self/fd"))
 
+    gc.collect()
     before = used()
     with open(file, "r+b") as opened:
         for how in range(30):

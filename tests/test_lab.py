@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from mshare.lab import Options, kernels, options
+from mshare.lab import Options, kernels, options, session
 from mshare.lab.build import build_module
 from mshare.lab.guest import Guest, archive, guest_environment
 from mshare.lab.kmsg import find_reports, is_report, kernels_races, message
@@ -228,6 +229,40 @@ def test_log_is_left_alone_until_it_runs(
     monkeypatch.setattr(options, "needed_modules", lambda kernel, disks: [])
     options.command_line(["true"], Options(module=False, accel="tcg", log=log))
     assert log.read_text() == "earlier\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "boots"),
+    [
+        ("[ 2.2] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n", 2),
+        ("[ 2.2] int3: 0000 [#1] PREEMPT SMP NOPTI\n", 2),
+        ("[ 2.1] Run /init as init process\n[ 2.2] Oops: int3: 0000 [#1] PREEMPT SMP\n", 1),
+        ("[ 2.2] Oops: 0002 [#1] PREEMPT SMP NOPTI\n", 1),
+        ("[ 2.1] Run /init as init process\n", 1),
+    ],
+)
+def test_what_the_emulator_broke_is_booted_again(
+    boot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, boots: int
+) -> None:
+    """Once, and only what ended before anything of ours ran."""
+    seen = []
+
+    def run(self: session.Session) -> session.Result:
+        seen.append(self)
+        assert self.log is not None
+        os.write(self.log, log.encode())
+        self._control(b"exit 3\n")
+        return session.Result(3, 3, b"", b"", log, [], None, 1.0, "")
+
+    kernel = kernels.Kernel("6.1", bzimage(boot / "vmlinuz", "6.1"), None, boot)
+    monkeypatch.setattr(options, "find_kernel", lambda name: kernel)
+    monkeypatch.setattr(options, "needed_modules", lambda kernel, disks: [])
+    monkeypatch.setattr(session.Session, "run", run)
+    path = tmp_path / "log"
+    options.run(["true"], Options(module=False, accel="tcg", log=path, disk=1 << 20))
+    assert len(seen) == boots
+    assert path.read_text() == log
+    assert len({id(each._control_text) for each in seen}) == boots
 
 
 @pytest.mark.parametrize(

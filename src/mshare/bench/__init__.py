@@ -153,7 +153,10 @@ def _workers(count: int) -> Iterator[list[Connection]]:
 
 def _death(processes: Sequence[SpawnProcess]) -> str:
     """How the worker ended whose pipe is closed."""
-    wait([process.sentinel for process in processes], 5)
+    ended = wait([process.sentinel for process in processes], 5)
+    for process in processes:
+        if process.sentinel in ended:
+            process.join(5)
     code = next((each.exitcode for each in processes if each.exitcode is not None), None)
     how = f"by signal {-code}" if code and code < 0 else f"with exit code {code}"
     return f"a worker process died {how}; dmesg may say why"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import subprocess
@@ -72,11 +73,19 @@ def run(
     options = options or Options()
     with _session(command, options) as session:
         session.stdin, session.stdout, session.stderr = stdin, stdout, stderr
-        if options.log is None:
-            return session.run()
-        with options.log.open("wb", buffering=0) as log:
-            session.log = log.fileno()
-            return session.run()
+        result = _boot(session, options.log)
+        if result.emulator_failed and session.machine.accel == "tcg":
+            print("mshare lab: an emulated processor failed; booting again", file=sys.stderr)
+            result = _boot(dataclasses.replace(session), options.log)
+        return result
+
+
+def _boot(session: Session, log: Path | None) -> Result:
+    if log is None:
+        return session.run()
+    with log.open("wb", buffering=0) as file:
+        session.log = file.fileno()
+        return session.run()
 
 
 def command_line(command: Sequence[str], options: Options | None = None) -> list[str]:

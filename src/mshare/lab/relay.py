@@ -87,8 +87,8 @@ class Stream:
 class Input:
     """The way into the guest, from ``source`` (a descriptor) or from ``waiting`` alone.
 
-    A byte equal to ``escape`` ends everything (an interactive terminal). While ``held``, what
-    comes waits: nobody in the guest listens yet.
+    While ``held``, what comes waits: nobody in the guest listens yet. A byte equal to ``escape``
+    ends everything (an interactive terminal), even then.
     """
 
     target: socket.socket
@@ -144,7 +144,8 @@ def step(streams: Mapping[str, Stream], feed: Input | None, until: float) -> Non
         if stream.waiting and stream.sink is not None:
             watch(stream.sink, select.POLLOUT, stream.deliver)
     if feed and feed.open:
-        if feed.source is not None and len(feed.waiting) < _LIMIT:
+        listens = bool(feed.escape) or not feed.held
+        if feed.source is not None and listens and len(feed.waiting) < _LIMIT:
             watch(feed.source, select.POLLIN, feed.receive)
         if not feed.held and (feed.waiting or feed.source is None):
             watch(feed.target.fileno(), select.POLLOUT, feed.send)

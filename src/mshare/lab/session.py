@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import socket
 import time
@@ -22,6 +23,7 @@ EXIT_LAB = 125
 _END_SECONDS = 60.0
 _PANIC_SECONDS = 15.0
 _PANIC = b"Kernel panic - not syncing"
+_INIT = "Run /init as init process"
 _TAIL = 40
 #: Control and ] in an interactive shell end the machine at once.
 _ESCAPE = b"\x1d"
@@ -52,6 +54,16 @@ class Result:
         """The last lines of the console."""
         return "\n".join(self.log.splitlines()[-_TAIL:])
 
+    @property
+    def emulator_failed(self) -> bool:
+        """Whether the kernel died of its emulated processors, before anything of ours ran.
+
+        While it boots, a kernel patches its own text. At times an emulated processor runs into
+        the breakpoint that another has taken out of there already.
+        """
+        breakpoint_left = re.search(r"\bint3: 0000 \[#1\]", self.log)
+        return bool(breakpoint_left) and _INIT not in self.log
+
 
 @dataclass
 class Session:
@@ -66,14 +78,14 @@ class Session:
     stderr: int | None = None
     log: int | None = None
     disks: Sequence[tuple[str, int]] = ()
-    _ready: float | None = None
-    _status: int | None = None
-    _status_time: float = 0.0
-    _failure: str = ""
-    _panic: float | None = None
-    _log_ended: bool = False
-    _text: bytearray = field(default_factory=bytearray)
-    _control_text: bytearray = field(default_factory=bytearray)
+    _ready: float | None = field(init=False, default=None)
+    _status: int | None = field(init=False, default=None)
+    _status_time: float = field(init=False, default=0.0)
+    _failure: str = field(init=False, default="")
+    _panic: float | None = field(init=False, default=None)
+    _log_ended: bool = field(init=False, default=False)
+    _text: bytearray = field(init=False, default_factory=bytearray)
+    _control_text: bytearray = field(init=False, default_factory=bytearray)
 
     def run(self) -> Result:
         """Boot, run, end. Whatever happens, no process and no file is left."""
@@ -115,8 +127,8 @@ class Session:
             way_in = near["in"]
         if isinstance(self.stdin, int):
             shell = self.guest.terminal is not None
-            return streams, Input(way_in, self.stdin, escape=_ESCAPE * shell, held=shell)
-        return streams, Input(way_in, None, bytearray(self.stdin))
+            return streams, Input(way_in, self.stdin, escape=_ESCAPE * shell, held=True)
+        return streams, Input(way_in, None, bytearray(self.stdin), held=True)
 
     def _console(self, data: bytes) -> None:
         self._text += data
