@@ -567,6 +567,22 @@ def test_bad_addresses(engine: Engine, name: str) -> None:
             mshare.attach(name, address=odd)  # type: ignore[arg-type]
 
 
+def test_bad_address_is_found_before_it_is_filled(engine: Engine, name: str) -> None:
+    """Filling can take hours; who fills sees the region where it will be."""
+    address = 0x6000_0000_0000
+    seen = []
+
+    def fill(region: mshare.Region) -> None:
+        seen.append(region.address)
+
+    with pytest.raises(ValueError, match=hex(address + 1)):
+        mshare.create(name, SIZE, engine=engine.name, address=address + 1, fill=fill)
+    assert not seen
+    with mshare.create(name, SIZE, engine=engine.name, address=address, fill=fill):
+        pass
+    assert seen == [address]
+
+
 def test_attach_by_descriptor(engine: Engine, name: str) -> None:
     """An open descriptor is enough, also after the unlink; it gives no more than it has."""
     with mshare.create(name, SIZE, engine=engine.name) as region:

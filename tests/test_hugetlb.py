@@ -85,8 +85,10 @@ def test_folder_that_is_not_on_hugetlbfs(
     check = HUGETLB.check()
     assert check.why == f"{tmp_path} is not on a hugetlbfs"
     assert check.cure == f"mount -t hugetlbfs -o mode=1777 hugetlbfs {tmp_path}"
-    with pytest.raises(OSError, match="is not on a hugetlbfs; as root: mount -t hugetlbfs"):
+    refused = pytest.raises(OSError, match="is not on a hugetlbfs; as root: mount -t hugetlbfs")
+    with refused as caught:
         mshare.create(name, "2M", engine="hugetlb")
+    assert caught.value.errno == errno.ENODEV
     monkeypatch.setattr(HUGETLB, "chosen", "/nowhere/at/all")
     assert HUGETLB.check().why == "/nowhere/at is not a folder; set MSHARE_HUGETLB_DIR to one"
 

@@ -95,7 +95,7 @@ def check_module(engine: Msharefs) -> None:
         raise PermissionError(errno.EACCES, message, control) from None
     except OSError:
         check = engine.check()
-        raise OSError(errno.ENODEV, f"{check.why}; try: {check.cure}", control) from None
+        raise OSError(errno.ENODEV, check.advice, control) from None
     try:
         fcntl.ioctl(fd, OPEN_MAPPING, struct.pack("=QII", 0, os.O_WRONLY, 0))
     except OSError as error:

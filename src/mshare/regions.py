@@ -69,7 +69,8 @@ def create(
 
             def filled(fd: int) -> None:
                 if fill is not None:
-                    with Region(name, best, os.dup(fd), readonly=False, address=None) as region:
+                    copy = os.dup(fd)
+                    with Region(name, best, copy, readonly=False, address=address) as region:
                         fill(region)
 
             fd = best.create(name, bytes_, mode, locked=locked, fill=filled)

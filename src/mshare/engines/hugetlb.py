@@ -114,9 +114,12 @@ class Hugetlb(Engine):
 
     def reserve(self, fd: int, size: int, name: str, *, locked: bool) -> None:
         size = round_up(size, self.granule)
-        check = self.check(size)
-        if not check.works:
-            raise OSError(errno.ENOSPC, f"no room for the region: {check.advice}", name)
+        obstacle = self._obstacle(_MOUNT)
+        if obstacle:
+            raise OSError(errno.ENODEV, obstacle.advice, name)
+        room = self._room(self._parent(), size)
+        if not room.works:
+            raise OSError(errno.ENOSPC, f"no room for the region: {room.advice}", name)
         os.ftruncate(fd, size)
         try:
             os.posix_fallocate(fd, 0, size)
