@@ -120,7 +120,6 @@ EXPORT int madvise(void *address, size_t length, int advice)
 	if (!mshare_touches(address, length))
 		return syscall(SYS_madvise, address, length, advice);
 	switch (advice) {
-	case MADV_WILLNEED:
 	case MADV_DONTNEED:
 	case MADV_COLD:
 	case MADV_PAGEOUT:
@@ -130,6 +129,7 @@ EXPORT int madvise(void *address, size_t length, int advice)
 	case MADV_NORMAL:
 	case MADV_RANDOM:
 	case MADV_SEQUENTIAL:
+	case MADV_WILLNEED:
 	case MADV_REMOVE:
 	case MADV_DONTDUMP:
 	case MADV_DODUMP:

@@ -198,7 +198,7 @@ _REASONS = {
     errno.ENOMEM: "no memory for it (here or in its cgroup), or locked and more than ulimit -l",
     errno.EINVAL: "the kernel module refused the range",
     errno.EBUSY: "what a locked region holds stays while a process, as this one, has it attached",
-    errno.EPERM: "this user may lock no memory: see ulimit -l",
+    errno.EPERM: "the file is sealed against writing, or this user may lock no memory (ulimit -l)",
 }
 
 
