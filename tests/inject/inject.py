@@ -261,10 +261,12 @@ def check(
     failed: Callable[[int], None],
     errors: Container[int] = (errno.ENOMEM,),
     until: int | None = None,
+    least: int = 1,
 ) -> None:
     """Walk once, then again with every failure often enough for a leak to show.
 
     :param errors: what the ABI says the call may fail with.
+    :param least: so many allocations it makes at least; 0 if it may make none.
     """
 
     def told(code: int) -> None:
@@ -275,6 +277,7 @@ def check(
         walk(where, call, done, told, until=until)
         with nothing_left(3 * TIMES if TIMES >= 20 else 0):
             walked = walk(where, call, done, told, times=TIMES, until=until)
+    assert walked.last >= least, "no allocation was made to fail"
     WALKS.append((current_test(), kind, walked))
 
 

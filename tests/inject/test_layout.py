@@ -20,7 +20,7 @@ MIB = 1 << 20
 SIZE = 2 * MIB
 """What a test changes, from AT on: the middle of a mapping."""
 AT = 4 * MIB
-FIXED = abi.SHARED | abi.FIXED
+FIXED, LOCKED = abi.SHARED | abi.FIXED, 0x2000
 BOTH = pytest.mark.parametrize("where", [Caller, Workers])
 OLD, NEW, ZERO = b"before", b"after.", bytes(6)
 
@@ -167,6 +167,26 @@ def test_into_a_hole(path: str, where: type[Where], kind: str, tmpfs: str) -> No
     )
     abi.munmap(window)
     os.close(file)
+    os.close(fd)
+
+
+@BOTH
+def test_locked(path: str, where: type[Where]) -> None:
+    """Memory that never moves: all of it is there and counted, or none."""
+    fd, size = abi.make(path, fill=False), 4 * PAGE
+    before = standing(fd)
+
+    def undo(result: object) -> None:
+        assert info(fd).locked_bytes == size
+        abi.unmap(fd, AT, size)
+        same(0)
+
+    def same(code: int) -> None:
+        assert info(fd).locked_bytes == 0
+        assert standing(fd) == before
+
+    flags = FIXED | abi.ANONYMOUS | LOCKED
+    check(where, lambda: abi.create_mapping(fd, AT, size, flags=flags), undo, same)
     os.close(fd)
 
 

@@ -106,6 +106,7 @@ def test_a_stopped_process_stops_nobody(region: int, stop: int) -> None:
 def test_changes_without_end_starve_nobody(region: int) -> None:
     """One changes the layout as fast as it can: another still takes all its faults."""
     address = abi.mmap(region)
+    changes = info(region).layout_changes
 
     def change() -> None:
         while True:
@@ -122,6 +123,7 @@ def test_changes_without_end_starve_nobody(region: int) -> None:
     wait_until(lambda: ended(victim.pid))
     victim.result()
     changer.kill()
+    assert info(region).layout_changes > changes + 2
     abi.munmap(address)
 
 

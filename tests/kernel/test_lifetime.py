@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import mshare
 from mshare.engines.msharefs import info
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, SLOT
@@ -369,6 +370,8 @@ def test_every_byte_shows(region: int, path: str) -> None:
     assert os.stat(path).st_blocks == info(region).resident_bytes == 0
     abi.fill(address, SIZE)
     assert os.stat(path).st_blocks * 512 == info(region).resident_bytes == SIZE
+    shown = {each.name: each.resident for each in mshare.list("msharefs")}
+    assert shown[os.path.basename(path)] == SIZE
     assert used() == before + SIZE
     assert abi.meminfo("Shmem") >= SIZE
     # The tables of both views: a PTE page for each 2 MiB that was touched, and a few above.

@@ -17,7 +17,7 @@ import pytest
 from mshare.engines.msharefs import info
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, SLOT
-from tests.kernel.test_races import collapsing, meanwhile
+from tests.kernel.test_races import collapsed, collapsing, meanwhile
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -158,9 +158,12 @@ def test_what_goes_while_it_is_touched_is_paid_too(path: str) -> None:
 def test_what_khugepaged_finds_stays_paid(path: str) -> None:
     """It does not put huge pages that nobody pays for in the place of small ones."""
     size = 16 * MIB
-    file = os.memfd_create("content")
+    file, other = os.memfd_create("content"), os.memfd_create("other")
     os.ftruncate(file, size)
+    os.ftruncate(other, 2 * MIB)
     fd = abi.make(path, fill=False)
+    room = abi.mmap(-1, 4 * MIB, abi.READ, abi.PRIVATE | abi.ANONYMOUS)
+    aligned = (room + 2 * MIB - 1) & -(2 * MIB)
 
     def stay() -> None:
         abi.fill(abi.mmap(fd), size)
@@ -169,15 +172,21 @@ def test_what_khugepaged_finds_stays_paid(path: str) -> None:
     with collapsing() as settings, abi.cgroup("fills") as group:
         # it gets to know a mapping when that is made; what is touched now is small
         abi.create_mapping(fd, size=size, flags=abi.SHARED | abi.FIXED, fd=file)
+        plain = abi.mmap(other, 2 * MIB, abi.RW, abi.SHARED | abi.FIXED, aligned)
         (settings / "shmem_enabled").write_text("never")
+        abi.fill(plain, 2 * MIB)
         child = abi.within(group, stay)
         assert abi.settle(lambda: size - abi.current(group), 0) <= 0
+        before = collapsed(settings)
         (settings / "shmem_enabled").write_text("always")
+        missing = abi.settle(lambda: before + 1 - collapsed(settings), 0, seconds=120)
+        assert missing <= 0, "nothing was collapsed: the test would not see it"
         lost = abi.settle(lambda: abi.current(group) - size // 2, 0, seconds=15) < 0
         child.kill()
     assert not lost
-    os.close(fd)
-    os.close(file)
+    abi.munmap(room, 4 * MIB)
+    for each in (fd, file, other):
+        os.close(each)
 
 
 def test_over_its_limit_a_group_kills_its_own(region: int, window: int) -> None:

@@ -101,7 +101,10 @@ def test_no_stale_entry_on_any_cpu(region: int, end: str) -> None:
             content = abi.get(address, SIZE)
         else:
             abi.unmap(region, 0, SIZE)
+        swept = [number(note + 8 * cpu) for cpu in CPUS]
         assert [child.signal(60) for child in children] == [signal.SIGSEGV] * len(CPUS)
+        for cpu, before in zip(CPUS, swept, strict=True):
+            assert number(note + 8 * cpu) <= before + 1
         if end == "protect":
             assert abi.get(address, SIZE) == content
             abi.protect(region, 0, SIZE, RW)
@@ -116,14 +119,15 @@ def test_threads_are_told(region: int) -> None:
     """A thread on each CPU that writes through system calls gets EFAULT, and never a late byte."""
     address, note = abi.mmap(region), notes()
     source = os.memfd_create("source")
-    os.write(source, b"late" * (SIZE // 4))
+    # in turn, so that what is stored late is not what is there
+    os.write(source, b"late" * (SIZE // 4) + b"LATE" * (SIZE // 4))
 
     def thread(cpu: int, answers: list[int]) -> None:
         os.sched_setaffinity(0, [cpu])
         noted = ctypes.c_uint64.from_address(note + 8 * cpu)
         try:
             while True:
-                done = os.preadv(source, [abi.memory(address, SIZE)], 0)
+                done = os.preadv(source, [abi.memory(address, SIZE)], noted.value % 2 * SIZE)
                 noted.value += 1
                 if done < SIZE:
                     break
@@ -240,7 +244,10 @@ def test_huge_pages(path: str, huge: str) -> None:
     try:
         fd = abi.make(path)
         address = abi.mmap(fd)
+        mapped = abi.meminfo("ShmemPmdMapped")
         abi.fill(address, SIZE, 5)
+        if huge == "always":
+            assert abi.meminfo("ShmemPmdMapped") >= mapped + (2 << 20)
         abi.protect(fd, 2 << 20, PAGE, READ)
         abi.put(address + (2 << 20) + PAGE, b"\5")
         assert abi.dies_by(abi.put, address + (2 << 20), b"x") == signal.SIGSEGV

@@ -7,9 +7,10 @@ import os
 import random
 import signal
 import socket
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,8 @@ PAGES = 512
 SIZE = PAGES * PAGE
 BELOW = 64 << 20
 HUGE = 2 << 20
+CHANGED = 64 << 20
+"""As much of the half that a change takes away has content."""
 NOHUGEPAGE, COLLAPSE = 15, 25
 FIXED = abi.SHARED | abi.FIXED
 OVER = abi.PRIVATE | abi.ANONYMOUS | abi.FIXED
@@ -58,7 +61,7 @@ def window(region: int) -> Iterator[int]:
 @contextmanager
 def meanwhile(*works: Callable[[], None]) -> Iterator[None]:
     """Processes that do ``works`` again and again during the block, and find no fault."""
-    stop = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS))
+    stop = shared()
 
     def repeat(work: Callable[[], None]) -> int:
         for turn in count(1):
@@ -76,6 +79,11 @@ def meanwhile(*works: Callable[[], None]) -> Iterator[None]:
         assert child.result() > 0
 
 
+def shared() -> memoryview:
+    """A page that children have in common with this process."""
+    return abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS))
+
+
 def for_a_while(work: Callable[[], object]) -> None:
     """Do it for some seconds."""
     end = time.monotonic() + SECONDS
@@ -83,15 +91,23 @@ def for_a_while(work: Callable[[], object]) -> None:
         work()
 
 
-def layout(region: int, kind: str) -> Callable[[], None]:
-    """A change of the second half of the slot, and back."""
+def layout(region: int, kind: str, window: int = 0) -> Callable[[], None]:
+    """A change of the second half of the slot, and back.
+
+    With a window, of a half with content, so that page tables go.
+    """
     half = SLOT // 2
 
     def change() -> None:
+        for at in range(half, half + CHANGED, HUGE) if window else ():
+            abi.put(window + at, b"x")
+        before = info(region).pagetable_bytes
         if kind == "map":
             abi.create_mapping(region, half, half)
         elif kind == "unmap":
             abi.unmap(region, half, half)
+            if window:
+                assert info(region).pagetable_bytes <= before - CHANGED // HUGE // 2 * PAGE
             abi.create_mapping(region, half, half)
         else:
             abi.protect(region, half, half, READ)
@@ -119,8 +135,9 @@ def walk(name: str) -> Callable[[], None]:
         ]
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             for start in starts:
-                file.seek(start // PAGE * 8)
-                assert len(file.read(PAGES * 8)) == PAGES * 8
+                for at, size in ((0, SIZE), (SLOT // 2, CHANGED)):
+                    file.seek((start + at) // PAGE * 8)
+                    assert len(file.read(size // PAGE * 8)) == size // PAGE * 8
 
     return read
 
@@ -149,29 +166,45 @@ def test_layout_changes_under_faults(region: int, window: int, kind: str) -> Non
 def test_accesses_to_what_changes(region: int, window: int, kind: str) -> None:
     """Loads and stores in the very half: they succeed, or fail as the layout says."""
     half = window + SLOT // 2
+    done = shared().cast("Q")
 
     def load() -> None:
         for number in range(0, PAGES, 16):
-            with suppress(OSError):
-                abi.get_safely(half + number * PAGE, 8)
+            try:
+                seen = abi.get_safely(half + number * PAGE, 8)
+            except OSError as error:
+                assert (error.errno, kind) == (errno.EFAULT, "unmap")
+            else:
+                assert set(seen) <= {0, ord("x")}
+                done[0] += 1
 
     def store() -> None:
-        reading, writing = os.pipe()
-        os.write(writing, b"x" * PAGE)
-        with suppress(OSError):
-            os.readv(reading, [abi.memory(half)])
-        os.close(reading)
-        os.close(writing)
+        try:
+            abi.put_safely(half, b"x" * PAGE)
+        except OSError as error:
+            assert error.errno == errno.EFAULT
+            assert kind != "map"
+        else:
+            done[1] += 1
 
     with meanwhile(load, store):
-        for_a_while(layout(region, kind))
+        for_a_while(layout(region, kind, window))
+    assert done[0]
+    assert done[1]
 
 
 @pytest.mark.parametrize("name", WALKS)
 def test_walkers_during_layout_changes(region: int, window: int, name: str) -> None:
     """Readers of /proc walk the tables that a change takes away."""
     with meanwhile(walk(name), lambda: whole(window)):
-        for_a_while(layout(region, "unmap"))
+        for_a_while(layout(region, "unmap", window))
+
+
+def together(*works: Callable[[], object]) -> None:
+    """Each on a thread of its own. :raises BaseException: what one of them raised."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        for done in [pool.submit(work) for work in works]:
+            done.result()
 
 
 def test_fork_during_faults(region: int, window: int) -> None:
@@ -182,10 +215,7 @@ def test_fork_during_faults(region: int, window: int) -> None:
 
     def both() -> None:
         own = abi.mmap(region)
-        thread = threading.Thread(target=whole, args=[own])
-        thread.start()
-        fork()
-        thread.join()
+        together(lambda: whole(own), fork)
         abi.munmap(own)
 
     with meanwhile(both, lambda: abi.madvise(window, SLOT, 4)):
@@ -202,11 +232,7 @@ def swap_places(region: int, spots: list[int]) -> Callable[[], None]:
         def cover() -> None:
             abi.mmap(-1, SLOT, RW, OVER | 0x4000, spots[0])
 
-        threads = [threading.Thread(target=work) for work in (attach, cover, attach, cover)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together(attach, cover, attach, cover)
 
     return once
 
@@ -256,21 +282,27 @@ def test_attach_and_unmap_of_one_range(
         first = (place + SLOT - 1) & -SLOT
         once = change(region, [first, first + SLOT])
         stop = False
-        wrong: list[bytes] = []
+        seen: Counter[str] = Counter()
+        names = {page(5): "region", bytes(PAGE): "other"}
 
         def look() -> None:
             while not stop:
-                with suppress(OSError):
-                    seen = abi.get_safely(first + 5 * PAGE, PAGE)
-                    if seen not in (page(5), bytes(PAGE)):
-                        wrong.append(seen)
+                try:
+                    seen[names.get(abi.get_safely(first + 5 * PAGE, PAGE), "wrong")] += 1
+                except OSError as error:
+                    seen[errno.errorcode[error.errno or 0]] += 1
 
-        thread = threading.Thread(target=look)
-        thread.start()
-        for_a_while(once)
-        stop = True
-        thread.join()
-        assert not wrong
+        def swap() -> None:
+            nonlocal stop
+            try:
+                for_a_while(once)
+            finally:
+                stop = True
+
+        together(look, swap)
+        assert seen["region"]
+        assert seen["other"]
+        assert set(seen) <= {"region", "other"} | ({"EFAULT"} if change is move else set())
 
     with meanwhile(lambda: whole(window)):
         abi.Child(race).result()
@@ -323,7 +355,7 @@ def test_faults_of_others(region: int, window: int) -> None:
     """process_vm_readv and /proc/PID/mem of a process that has not touched its window."""
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("1")
-    elsewhere = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS)).cast("Q")
+    elsewhere = shared().cast("Q")
 
     def stay() -> None:
         elsewhere[0] = abi.mmap(region)
@@ -383,6 +415,7 @@ def test_fixed_buffers(region: int, window: int) -> None:
         except OSError as error:
             # 6.1 takes no file mapping but those of tmpfs and hugetlbfs
             assert error.errno == errno.EOPNOTSUPP
+            assert os.uname().release.startswith("6.1.")
         layout(region, "unmap")()
         abi.put(half, page(1))
 
@@ -418,10 +451,37 @@ def collapsing() -> Iterator[Path]:
             (base / name).write_text(chosen)
 
 
-def test_collapse(region: int, window: int) -> None:
-    """khugepaged at full speed finds the content of regions and of other mappings."""
-    with collapsing(), meanwhile(lambda: whole(window)):
-        for_a_while(lambda: abi.Child(whole, window).result())
+def collapsed(settings: Path) -> int:
+    """How many huge pages khugepaged has made."""
+    return int((settings / "khugepaged/pages_collapsed").read_text())
+
+
+def test_collapse(path: str) -> None:
+    """khugepaged makes a huge page of what another maps too. On 6.1, where it takes tables away
+    without asking anybody, those of the host mm stay."""
+    content = os.memfd_create("content")
+    os.ftruncate(content, HUGE)
+    region = abi.make(path, fill=False)
+    abi.create_mapping(region, size=HUGE, flags=FIXED, fd=content)
+    window = abi.mmap(region)
+    for number in range(PAGES):
+        abi.put(window + number * PAGE, page(number))
+    tables = info(region).pagetable_bytes
+    room = abi.mmap(-1, 2 * HUGE, READ, abi.PRIVATE | abi.ANONYMOUS)
+    with collapsing() as settings:
+        before = collapsed(settings)
+        own = abi.mmap(content, HUGE, RW, FIXED, (room + HUGE - 1) & -HUGE)
+        abi.touch(own, 1, step=PAGE, count=PAGES)
+        with meanwhile(lambda: whole(window), lambda: abi.Child(whole, window).result()):
+            missing = abi.settle(lambda: before + 1 - collapsed(settings), 0, seconds=120)
+    assert missing <= 0, "nothing was collapsed"
+    whole(window)
+    if os.uname().release.startswith("6.1."):
+        assert info(region).pagetable_bytes == tables
+    abi.munmap(room, 2 * HUGE)
+    abi.munmap(window)
+    os.close(region)
+    os.close(content)
 
 
 def test_protect_meets_collapse(path: str) -> None:
@@ -433,7 +493,7 @@ def test_protect_meets_collapse(path: str) -> None:
     window = abi.mmap(region)
     room = abi.mmap(-1, 2 * HUGE, READ, abi.PRIVATE | abi.ANONYMOUS)
     own = abi.mmap(content, HUGE, RW, abi.SHARED | abi.FIXED, (room + HUGE - 1) & -HUGE)
-    met = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS))
+    met = shared()
 
     def collapse() -> None:
         abi.touch(own, 1, step=PAGE, count=HUGE // PAGE)
@@ -485,7 +545,7 @@ def test_two_windows_of_one_process(region: int, window: int) -> None:
 
     The process has the region twice: the change must not ask for that lock a second time.
     """
-    places = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS)).cast("Q")
+    places = shared().cast("Q")
 
     def stay() -> None:
         places[1] = abi.mmap(region, SLOT, READ)
@@ -509,7 +569,7 @@ def test_two_windows_of_one_process(region: int, window: int) -> None:
     def change() -> None:
         nonlocal longest
         start = time.monotonic()
-        layout(region, "map")()
+        layout(region, "map", window)()
         longest = max(longest, time.monotonic() - start)
 
     with meanwhile(look(0), look(1)):
@@ -524,7 +584,7 @@ def test_unmapped_in_the_middle_of_a_change(region: int, window: int) -> None:
     Its processor must not remember the region there.
     """
     place = 0x100000000000
-    state = abi.memory(abi.mmap(-1, PAGE, RW, abi.SHARED | abi.ANONYMOUS))
+    state, when = shared(), shared().cast("d")
 
     def await_state(value: int) -> None:
         while state[0] < value:
@@ -541,6 +601,7 @@ def test_unmapped_in_the_middle_of_a_change(region: int, window: int) -> None:
         end = time.perf_counter() + 0.01
         while time.perf_counter() < end:
             pass
+        when[0] = time.monotonic()
         abi.munmap(place)
         abi.mmap(-1, SLOT, RW, OVER | 0x4000, place)
         seen = abi.get(touched, 8)
@@ -558,6 +619,7 @@ def test_unmapped_in_the_middle_of_a_change(region: int, window: int) -> None:
             while True:
                 clear.write(b"4")  # takes its mmap_lock for long
 
+    met = 0
     for _ in range(5):
         state[0] = 0
         children = [abi.Child(first)]
@@ -566,7 +628,11 @@ def test_unmapped_in_the_middle_of_a_change(region: int, window: int) -> None:
         await_state(2)
         state[0] = 3
         await_state(4)
+        began = time.monotonic()
         abi.protect(region, SLOT // 2, SLOT // 2, RW)
+        ended = time.monotonic()
         os.sched_setaffinity(0, {0, 1})
         assert children[0].result() == [bytes(8), b"mine"]
+        met += began < when[0] < ended
         children[1].kill()
+    assert met, "never in the middle: the test would not see it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -48,7 +49,8 @@ REFUSED = {
     "COLLAPSE": errno.EINVAL,
 }
 """What a window refuses whole or in part. All others either work or are hints."""
-MBIND, MOVE_PAGES, PKEY_MPROTECT, REMAP_FILE_PAGES, USERFAULTFD = 237, 279, 329, 216, 323
+MBIND, MOVE_PAGES, PKEY_MPROTECT, REMAP_FILE_PAGES = 237, 279, 329, 216
+NORESERVE, MOVE = 0x4000, 2
 
 
 def content(number: int = 0) -> bytes:
@@ -165,6 +167,13 @@ def test_moved_between_nodes(window: int) -> None:
         0,
         errno.ENOSYS,
     )
+    count = 16
+    spots, status = (ctypes.c_uint64 * count)(), (ctypes.c_int * count)(*[1] * count)
+    spots[:] = [window + number * PAGE for number in range(count)]
+    targets = (ctypes.c_int * count)()
+    arguments = [ctypes.addressof(each) for each in (spots, targets, status)]
+    abi.syscall(MOVE_PAGES, 0, count, *arguments, MOVE)
+    assert set(status) <= {0, -errno.EFAULT}, list(status)
     assert intact(window)
 
 
@@ -220,18 +229,18 @@ def test_stack_next_to_a_window(region: int) -> None:
 def test_huge_pages_next_to_a_window(region: int, window: int) -> None:
     """Huge pages, whose tables the kernel shares by itself, in the slot beside the window."""
     fd = os.memfd_create("huge", os.MFD_HUGETLB)
-    os.ftruncate(fd, 2 << 20)
+    os.ftruncate(fd, SLOT)
 
     def beside() -> None:
         place = abi.mmap(-1, 4 * SLOT, READ, abi.PRIVATE | abi.ANONYMOUS)
         start = (place + SLOT - 1) & -SLOT
         fixed = abi.SHARED | abi.FIXED
-        huge = abi.mmap(fd, 2 << 20, abi.RW, fixed, start)
+        huge = abi.mmap(fd, SLOT, abi.RW, fixed | NORESERVE, start)
         mine = abi.mmap(region, SLOT, abi.RW, fixed, start + SLOT)
         abi.put(huge, b"huge")
         assert intact(mine)
         assert abi.Child(abi.get, huge, 4).result() == b"huge"
-        abi.munmap(huge, 2 << 20)
+        abi.munmap(huge)
         assert intact(mine)
 
     abi.Child(beside).result()

@@ -23,10 +23,12 @@ from pathlib import Path
 from tests.storm import books, disturb, watchdog
 from tests.storm.control import Control
 from tests.storm.crew import MAIN, Crew
-from tests.storm.hazards import ELSEWHERE, HAZARDS, plan
+from tests.storm.hazards import ELSEWHERE, HAZARDS, Plan, plan
 
 _SHM, _DISK = Path("/dev/shm/storm"), Path("/mnt/disk/storm")
 _PROGRESS = 30
+#: Seconds after which something of everything must have happened.
+_ENOUGH = 120
 _SUBREAPER = 36
 _FLAGS = ["-D_GNU_SOURCE", "-O2", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
@@ -115,6 +117,22 @@ def _close(crew: Crew, control: Control, hang: float) -> None:
         control.find(f"windows are left: {books.attachments()}")
 
 
+def _idle(chosen: Plan, control: Control, before: dict[str, int]) -> list[str]:
+    """What did not happen once, though it was asked for: then nothing was found of it either."""
+    wanted = {"attaches", "checks", "stores"}
+    if chosen.layout:
+        wanted |= {"layout_changes", "refused"}
+    for action, name in (("fork", "forks"), ("move", "moves"), ("smaps", "walks")):
+        if action in chosen.actions:
+            wanted.add(name)
+    if "io-uring" in chosen.actions and not os.uname().release.startswith("6.1."):
+        wanted.add("registered")
+    counts, after = control.counts(), disturb.events()
+    idle = {name for name in wanted if not counts[name]}
+    idle |= {name for name in before.keys() & chosen.disturbances if after[name] == before[name]}
+    return sorted(idle)
+
+
 def _remove() -> None:
     for path in Path(books.MOUNT).glob("storm-*"):
         path.unlink()
@@ -135,10 +153,13 @@ def _storm(options: argparse.Namespace, worker: Path) -> int:
     settings = disturb.Settings(chosen.disturbances, options.hang)
     dog = watchdog.watch(control, options.hang)
     crew = Crew(worker, control, chosen, options.seed, options.processes, _hog_mib())
-    start = time.monotonic()
+    start, events = time.monotonic(), disturb.events()
     try:
         _blow(crew, control, options.duration)
         _close(crew, control, options.hang)
+        idle = _idle(chosen, control, events)
+        if idle and not control.finding and options.duration >= _ENOUGH:
+            control.find(f"nothing came of: {', '.join(idle)}")
     finally:
         settings.restore()
         # it ends by itself after a report

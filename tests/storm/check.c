@@ -190,7 +190,8 @@ void check_store(const struct view *view, unsigned long offset, const struct met
 	/* it pins the page and may store late; the changer does not watch these */
 	if (cell && how == &methods[PROCESS_VM])
 		a.offset = offset += PAGE;
-	a.value = stamp(JUNK_ID, offset / PAGE, view->now.region + 1);
+	/* another one each time, or a store that comes late would not be seen */
+	a.value = stamp(JUNK_ID, offset / PAGE, microseconds() & ((1UL << 29) - 1));
 	if (!view->now.writable || (area && (area->readonly || area->kind == HOLE))) {
 		go(&a);
 		judge(&a, false, SIGSEGV);

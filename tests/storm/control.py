@@ -20,6 +20,7 @@ COUNTS = (
     "walks",
     "crowds",
     "poisoned",
+    "registered",
 )
 SEATS = 128
 _COUNTS_AT, _FINDING_AT, _SEAT_AT, _SEAT_SIZE = 32, 160, 672, 64

@@ -83,9 +83,11 @@ class Crew:
         command = [str(self._worker), role, str(self._control.path), str(seat), life, *arguments]
         environment = {"STORM_CGROUP": str(group)} if group else {}
         pid = os.posix_spawn(self._worker, command, environment)
-        kills = role == "work" and self._plan.kill and rng.random() < 0.5
+        # some while they begin, some in the middle of it; always some, to the end
+        longest = 6 if rng.random() < 0.5 else 120
+        kills = role == "work" and self._plan.kill
         self.members[pid] = Member(
-            seat, role, time.monotonic() + rng.uniform(0.02, 6) if kills else float("inf")
+            seat, role, time.monotonic() + rng.uniform(0.02, longest) if kills else float("inf")
         )
         with suppress(OSError):
             first = role in ("hog", "greedy", "crowd")

@@ -6,6 +6,7 @@ Each is one turn of something, done again and again by a process of its own.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import random
 import subprocess
@@ -32,6 +33,9 @@ _NUMA = {
     Path("/sys/kernel/debug/sched/numa_balancing/scan_delay_ms"): "0",
 }
 _MOVE_PAGES, _MOVE_ALL, _MOVED = 279, 4, 64
+_COLLAPSE = 25
+#: Files on tmpfs that regions have, too, and that nobody makes shorter.
+_FILES = [Path("/dev/shm/storm") / name for name in ("owned", "cells-0", "cells-1")]
 _libc = ctypes.CDLL(None)
 
 
@@ -63,8 +67,22 @@ def compaction(_rng: random.Random) -> None:
 
 
 def khugepaged(rng: random.Random) -> None:
-    """Huge pages of regions come, are split, and are found by khugepaged."""
+    """Huge pages come and are split.
+
+    This process maps files of regions in the ordinary way. By its mappings khugepaged finds them,
+    and so does the collapse that it asks for itself.
+    """
     _write(_THP / "shmem_enabled", rng.choice(["always", "advise", "within_size", "never"]))
+    with suppress(OSError, ValueError), open(rng.choice(_FILES), "rb") as file:
+        plain = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        _plain[file.name] = plain
+        for at in range(0, len(plain), mmap.PAGESIZE):
+            plain[at]
+        if rng.random() < 0.5:
+            plain.madvise(_COLLAPSE)
+
+
+_plain: dict[str, mmap.mmap] = {}
 
 
 def numa(rng: random.Random) -> None:
@@ -109,22 +127,33 @@ def memcg(rng: random.Random) -> None:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """A turn, the longest pause after it in seconds, and settings while it runs."""
+    """A turn, the longest pause after it in seconds, and settings while it runs.
+
+    ``event`` of ``/proc/vmstat`` is counted when something comes of it.
+    """
 
     turn: Callable[[random.Random], None]
     pause: float
     settings: dict[Path, str]
+    event: str = ""
 
 
 DISTURBANCES = {
-    "reclaim": Disturbance(reclaim, 0.1, {}),
-    "swap": Disturbance(swap, 20, {}),
-    "compaction": Disturbance(compaction, 2, {}),
-    "khugepaged": Disturbance(khugepaged, 3, _KHUGEPAGED),
+    "reclaim": Disturbance(reclaim, 0.1, {}, "pswpout"),
+    "swap": Disturbance(swap, 20, {}, "pswpin"),
+    "compaction": Disturbance(compaction, 2, {}, "pgmigrate_success"),
+    "khugepaged": Disturbance(khugepaged, 3, _KHUGEPAGED, "thp_collapse_alloc"),
     "numa": Disturbance(numa, 0.2, _NUMA),
     "full_disk": Disturbance(full_disk, 10, {}),
     "memcg": Disturbance(memcg, 2, {}),
 }
+
+
+def events() -> dict[str, int]:
+    """How often each of them has had an effect since the boot."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    counts = {name: int(value) for name, value in (line.split() for line in lines)}
+    return {name: counts[each.event] for name, each in DISTURBANCES.items() if each.event}
 
 
 def chosen(value: str) -> str:

@@ -192,6 +192,7 @@ void ring(uint64_t r, long unused)
 		if (errno != EOPNOTSUPP && errno != EFAULT && errno != ENOMEM)
 			finding("registering a buffer: %s", strerror(errno));
 	} else {
+		count(REGISTERED, 1);
 		madvise(at, PAGE, draw(&r, 2) ? MADV_PAGEOUT : MADV_DONTNEED);
 		self.ctl->intent[object][page] = next;
 		got = ring_read(&ring, scratch(), at);

@@ -110,7 +110,7 @@ static const char *const walks[] = { "smaps", "smaps_rollup", "numa_maps", "page
 void walk(uint64_t r, long which)
 {
 	struct seat *seat = draw(&r, 2) ? self.seat : &self.ctl->seat[draw(&r, self.ctl->workers)];
-	uint64_t entries[512], window = seat->window;
+	uint64_t entries[512], window = seat->window, at;
 	char path[64];
 	int fd;
 
@@ -123,10 +123,12 @@ void walk(uint64_t r, long which)
 	else if (which < 3)
 		read_all(fd);
 	else
-		for (unsigned int n = 0; window && n < 64; n++)
-			if (pread(fd, entries, sizeof(entries),
-				  (window + draw(&r, 256) * 2 * MIB) / PAGE * 8) < 0)
+		for (unsigned int n = 0; window && n < 64; n++) {
+			at = draw(&r, 2) ? draw(&r, 256) * 2 * MIB :
+					   SLOT + draw(&r, CELLS / 2 + 1) * 2 * MIB;
+			if (pread(fd, entries, sizeof(entries), (window + at) / PAGE * 8) < 0)
 				break;
+		}
 	close(fd);
 	count(WALKS, 1);
 }
