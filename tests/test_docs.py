@@ -132,6 +132,16 @@ def test_review_names_tests_that_exist() -> None:
     assert len(rows) > 30
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    """So does every test that any page names."""
+    everything = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)(?:\[[^`]*)?`", page.read_text()):
+        assert f"def {name}(" in everything, name
+    for file in re.findall(r"`((?:tests/[\w/]*)?test_\w+\.py)`", page.read_text()):
+        assert (ROOT / file).exists() or list((ROOT / "tests").rglob(file)), file
+
+
 def test_no_open_ends() -> None:
     """No mark of something left to do, anywhere in the project (review, S16)."""
     marks = re.compile(

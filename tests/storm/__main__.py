@@ -130,7 +130,14 @@ def _idle(chosen: Plan, control: Control, before: dict[str, int]) -> list[str]:
     counts, after = control.counts(), disturb.events()
     idle = {name for name in wanted if not counts[name]}
     idle |= {name for name in before.keys() & chosen.disturbances if after[name] == before[name]}
-    return sorted(idle)
+    return sorted(idle - set(_impossible(chosen)))
+
+
+def _impossible(chosen: Plan) -> dict[str, str]:
+    """What cannot happen on this machine, and why."""
+    if "numa" in chosen.disturbances and disturb.nodes() < 2:
+        return {"numa": "this machine has one node; --kernel-args numa=fake=2 gives it two"}
+    return {}
 
 
 def _remove() -> None:
@@ -200,6 +207,8 @@ def main() -> int:
         f"{options.duration:.0f} s, --seed {options.seed}",
         flush=True,
     )
+    for what, why in _impossible(plan(options.hazard)).items():
+        print(f"not tried: {what}: {why}", flush=True)
     Path("/proc/sys/kernel/core_pattern").write_text("/dev/shm/storm/core")
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     worker = build()

@@ -85,11 +85,15 @@ def khugepaged(rng: random.Random) -> None:
 _plain: dict[str, mmap.mmap] = {}
 
 
+def nodes() -> int:
+    """NUMA nodes of this machine."""
+    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+
+
 def numa(rng: random.Random) -> None:
     """Pages of a worker's window move to another node, where there are several."""
-    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     pids = (WORKERS / "cgroup.procs").read_text().split()
-    if nodes < 2 or not pids:
+    if nodes() < 2 or not pids:
         return
     pid = rng.choice(pids)
     with suppress(OSError):
@@ -99,7 +103,7 @@ def numa(rng: random.Random) -> None:
         pages = (ctypes.c_ulong * _MOVED)(
             *(start + rng.randrange(4096) * 4096 for _ in range(_MOVED))
         )
-        to = (ctypes.c_int * _MOVED)(*(rng.randrange(nodes) for _ in range(_MOVED)))
+        to = (ctypes.c_int * _MOVED)(*(rng.randrange(nodes()) for _ in range(_MOVED)))
         result = (ctypes.c_int * _MOVED)()
         _libc.syscall(_MOVE_PAGES, int(pid), ctypes.c_ulong(_MOVED), pages, to, result, _MOVE_ALL)
 
@@ -143,7 +147,7 @@ DISTURBANCES = {
     "swap": Disturbance(swap, 20, {}, "pswpin"),
     "compaction": Disturbance(compaction, 2, {}, "pgmigrate_success"),
     "khugepaged": Disturbance(khugepaged, 3, _KHUGEPAGED, "thp_collapse_alloc"),
-    "numa": Disturbance(numa, 0.2, _NUMA),
+    "numa": Disturbance(numa, 0.2, _NUMA, "numa_pte_updates"),
     "full_disk": Disturbance(full_disk, 10, {}),
     "memcg": Disturbance(memcg, 2, {}),
 }
@@ -153,7 +157,7 @@ def events() -> dict[str, int]:
     """How often each of them has had an effect since the boot."""
     lines = Path("/proc/vmstat").read_text().splitlines()
     counts = {name: int(value) for name, value in (line.split() for line in lines)}
-    return {name: counts[each.event] for name, each in DISTURBANCES.items() if each.event}
+    return {name: counts.get(each.event, 0) for name, each in DISTURBANCES.items() if each.event}
 
 
 def chosen(value: str) -> str:
