@@ -22,6 +22,9 @@
 #include <linux/uaccess.h>
 #include "mshare.h"
 
+/* Who watches the file is not told of an open and a close that no program made. */
+#define QUIETLY		(O_LARGEFILE | __FMODE_NONOTIFY)
+
 static struct mshare_create whole_file(u32 access)
 {
 	return (struct mshare_create) {
@@ -92,7 +95,7 @@ static struct inode *find_or_make(struct super_block *sb, struct file *file, u32
  */
 static struct file *open_region(struct file *control, struct file *asked, u32 access)
 {
-	struct file *file = dentry_open(&asked->f_path, access | O_LARGEFILE, current_cred());
+	struct file *file = dentry_open(&asked->f_path, access | QUIETLY, current_cred());
 	char name[NAME_MAX + 1];
 	struct inode *inode;
 
@@ -216,7 +219,7 @@ long mshare_open_mapping(struct file *control, void __user *arg)
 	if (IS_ERR(mapped))
 		return PTR_ERR(mapped);
 	/* System V's own file is a cover of the one that its path leads to */
-	asked = dentry_open(&mapped->f_path, req.access | O_LARGEFILE, current_cred());
+	asked = dentry_open(&mapped->f_path, req.access | QUIETLY, current_cred());
 	if (IS_ERR(asked)) {
 		fd = PTR_ERR(asked);
 	} else {

@@ -10,20 +10,33 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/ioctl.h>
 #include <linux/kvm.h>
 #include <linux/userfaultfd.h>
 #include <stdarg.h>
 #include <sys/ipc.h>
 #include <sys/mman.h>
 #include <sys/shm.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "window.h"
 
 #define EXPORT __attribute__((visibility("default")))
+#define SPARSE (64UL << 30)
 
-static const char *not_sharable(void *address, int prot, int flags, off_t offset)
+/* A window has tables for all of its length, a mapping for what is in use. */
+static bool sparse(size_t length, int fd)
+{
+	struct stat found;
+
+	return length > SPARSE && !syscall(SYS_fstat, fd, &found) &&
+	       length / 16 > (size_t)found.st_size;
+}
+
+static const char *not_sharable(void *address, size_t length, int prot, int flags, int fd,
+				off_t offset)
 {
 	const int known = MAP_TYPE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_POPULATE;
 
@@ -35,8 +48,12 @@ static const char *not_sharable(void *address, int prot, int flags, off_t offset
 		return "mapped with flags that windows do not know";
 	if (prot != PROT_READ && prot != (PROT_READ | PROT_WRITE))
 		return "mapped neither for reading nor for reading and writing";
+	if (flags & MAP_ANONYMOUS)
+		return NULL;
 	if (offset)
 		return "mapped from an offset on";
+	if (sparse(length, fd))
+		return "much longer than the file";
 	return NULL;
 }
 
@@ -50,7 +67,7 @@ EXPORT void *mmap(void *address, size_t length, int prot, int flags, int fd, off
 	if ((flags & MAP_FIXED) && !mshare_revert(address, length, "mmap over it"))
 		return MAP_FAILED;
 	if (wanted) {
-		why = not_sharable(address, prot, flags, flags & MAP_ANONYMOUS ? 0 : offset);
+		why = not_sharable(address, length, prot, flags, fd, offset);
 		if (why) {
 			mshare_say_plain(length, what, why);
 			wanted = false;
@@ -113,10 +130,27 @@ EXPORT int pkey_mprotect(void *address, size_t length, int prot, int key)
 	return syscall(SYS_pkey_mprotect, address, length, prot, key);
 }
 
-EXPORT int madvise(void *address, size_t length, int advice)
+/*
+ * Make a call on the program's own mapping; once more if another thread has taken
+ * that away meanwhile. Without it, on what is there, no longer in a window.
+ */
+static int on_plain(long call, void *address, size_t length, long argument, bool all,
+		    const char *why)
 {
+	void *plain;
 	int result;
 
+	do {
+		plain = mshare_plain(address, length, all);
+		if (!plain && !mshare_revert(address, length, why))
+			return -1;
+		result = syscall(call, plain ? plain : address, length, argument);
+	} while (plain && mshare_plain(address, length, all) != plain);
+	return result;
+}
+
+EXPORT int madvise(void *address, size_t length, int advice)
+{
 	if (!mshare_touches(address, length))
 		return syscall(SYS_madvise, address, length, advice);
 	switch (advice) {
@@ -126,16 +160,17 @@ EXPORT int madvise(void *address, size_t length, int advice)
 	case MADV_POPULATE_READ:
 	case MADV_POPULATE_WRITE:
 		return syscall(SYS_madvise, address, length, advice);
+	case MADV_WILLNEED:
+	case MADV_REMOVE:
+		/* about the file */
+		return on_plain(SYS_madvise, address, length, advice, false, "madvise");
 	case MADV_NORMAL:
 	case MADV_RANDOM:
 	case MADV_SEQUENTIAL:
-	case MADV_WILLNEED:
-	case MADV_REMOVE:
 	case MADV_DONTDUMP:
 	case MADV_DODUMP:
-		/* about the file, or a core dump, which has the plain mapping */
-		if (mshare_on_plain(SYS_madvise, address, length, advice, &result))
-			return result;
+		/* about the mapping, which a part of it would cut in two */
+		return on_plain(SYS_madvise, address, length, advice, true, "madvise of a part");
 	}
 	if (!mshare_revert(address, length, "madvise"))
 		return -1;
@@ -156,12 +191,20 @@ EXPORT int posix_madvise(void *address, size_t length, int advice)
 /* In memory is what is in the file's page cache, which a window does not look at. */
 EXPORT int mincore(void *address, size_t length, unsigned char *in_memory)
 {
-	int result;
+	if (!mshare_touches(address, length))
+		return syscall(SYS_mincore, address, length, in_memory);
+	return on_plain(SYS_mincore, address, length, (long)in_memory, false, "mincore");
+}
 
-	if (mshare_touches(address, length) &&
-	    mshare_on_plain(SYS_mincore, address, length, (long)in_memory, &result))
-		return result;
-	return syscall(SYS_mincore, address, length, in_memory);
+/*
+ * A window for reading writes nothing, and an error of the disk is told once for each
+ * open file: the program's own has its own. (No point of cancellation, as glibc's is.)
+ */
+EXPORT int msync(void *address, size_t length, int flags)
+{
+	if (!mshare_touches(address, length))
+		return syscall(SYS_msync, address, length, flags);
+	return on_plain(SYS_msync, address, length, flags, false, "msync");
 }
 
 EXPORT int mlock(const void *address, size_t length)
@@ -180,13 +223,12 @@ EXPORT int mlock2(const void *address, size_t length, unsigned int flags)
 
 EXPORT int mlockall(int flags)
 {
-	int result;
+	bool before = mshare_stop(MSHARE_LOCKS, true);
+	int result = -1;
 
-	if (!mshare_revert(NULL, SIZE_MAX, "mlockall"))
-		return -1;
-	result = syscall(SYS_mlockall, flags);
-	if (!result)
-		mshare_stop(MSHARE_LOCKS, flags & MCL_FUTURE);
+	if (mshare_revert(NULL, SIZE_MAX, "mlockall"))
+		result = syscall(SYS_mlockall, flags);
+	mshare_stop(MSHARE_LOCKS, result ? before : flags & MCL_FUTURE);
 	return result;
 }
 
@@ -212,9 +254,23 @@ EXPORT long mbind(void *address, unsigned long length, int mode, const unsigned 
 }
 
 /*
- * KVM and userfaultfd rely on being told of changes in the program's own page
- * tables, which those of a region are not.
+ * KVM, userfaultfd, and devices with page tables of their own (GPUs, RDMA on demand)
+ * rely on being told of changes in the program's page tables, which those of a region
+ * are not. Of the devices' calls all count: which of them it is depends on the driver.
  */
+static bool watches(unsigned int request)
+{
+	switch (_IOC_TYPE(request)) {
+	case 'K':	/* amdkfd; those of the console have no size */
+		return _IOC_SIZE(request);
+	case 'd':	/* a DRM driver's own */
+		return _IOC_NR(request) >= 0x40;
+	case 0x1b:	/* RDMA */
+		return true;
+	}
+	return request == KVM_CREATE_VM || request == (unsigned int)UFFDIO_API;
+}
+
 EXPORT int ioctl(int fd, unsigned long request, ...)
 {
 	va_list arguments;
@@ -223,9 +279,9 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
 	va_start(arguments, request);
 	argument = va_arg(arguments, void *);
 	va_end(arguments);
-	if (request == KVM_CREATE_VM || request == UFFDIO_API) {
+	if (watches(request)) {
 		mshare_stop(MSHARE_WATCHES, true);
-		if (!mshare_revert(NULL, SIZE_MAX, "KVM or userfaultfd"))
+		if (!mshare_revert(NULL, SIZE_MAX, "KVM, userfaultfd or a device"))
 			return -1;
 	}
 	return syscall(SYS_ioctl, fd, request, argument);

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -37,14 +38,16 @@
 static struct window {
 	_Atomic uintptr_t start;	/* 0: not in use */
 	_Atomic uintptr_t end;		/* whole slots; what the program mapped may end before */
+	_Atomic uintptr_t plain;	/* as long as the window; set before start */
 	size_t length;			/* whole pages */
-	uintptr_t plain;		/* as long as the window */
 	bool segment;
 } table[WINDOWS];
 
 static _Atomic unsigned int used;	/* entries from here on were never in use */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static sigset_t at_fork;		/* the signals of the thread that forks; under the lock */
+/* how many forks deep this thread is: then the lock is its own, also in handlers of others */
+static __thread unsigned int forking __attribute__((tls_model("initial-exec")));
 static _Atomic bool ready;
 static _Atomic unsigned int stopped;
 static size_t least;
@@ -61,30 +64,81 @@ static void lock(sigset_t *old)
 {
 	sigset_t all;
 
+	/* of this thread; by this name also in a C library before 2.32 */
 	sigfillset(&all);
-	pthread_sigmask(SIG_BLOCK, &all, old);
-	pthread_mutex_lock(&mutex);
+	sigprocmask(SIG_BLOCK, &all, old);
+	if (!forking)
+		pthread_mutex_lock(&mutex);
 }
 
 static void unlock(const sigset_t *old)
 {
-	pthread_mutex_unlock(&mutex);
-	pthread_sigmask(SIG_SETMASK, old, NULL);
+	if (!forking)
+		pthread_mutex_unlock(&mutex);
+	sigprocmask(SIG_SETMASK, old, NULL);
 }
 
 static void before_fork(void)
 {
 	sigset_t old;
 
-	lock(&old);
-	at_fork = old;
+	if (!forking) {
+		lock(&old);
+		at_fork = old;
+	}
+	forking++;
 }
 
 static void after_fork(void)
 {
-	sigset_t old = at_fork;
+	sigset_t old;
 
+	if (--forking)
+		return;
+	old = at_fork;
 	unlock(&old);
+}
+
+/* A child does not inherit MCL_FUTURE. */
+static void in_child(void)
+{
+	mshare_stop(MSHARE_LOCKS, false);
+	after_fork();
+}
+
+/* Not those of the C library, which have a newer version than the programs' own may have. */
+static int status(int fd, struct stat *found)
+{
+	return syscall(SYS_fstat, fd, found);
+}
+
+static size_t number(const char *text)
+{
+	size_t found = 0;
+
+	for (; *text >= '0' && *text <= '9' && found < SIZE_MAX / 16; text++)
+		found = found * 10 + *text - '0';
+	return *text ? 0 : found;
+}
+
+static const char *reason(void)
+{
+	switch (errno) {
+	case EACCES:
+	case EPERM:
+		return "no permission";
+	case EMFILE:
+	case ENFILE:
+		return "out of descriptors";
+	case ENOMEM:
+	case ENOSPC:
+		return "out of memory or address space";
+	case EOPNOTSUPP:
+		return "it can't be shared";
+	case ENOENT:
+		return "the module is not there";
+	}
+	return "the module refuses it";
 }
 
 __attribute__((constructor)) static void start(void)
@@ -95,23 +149,28 @@ __attribute__((constructor)) static void start(void)
 	int length = snprintf(control, sizeof(control), "%s/mshare_info",
 			      folder && *folder ? folder : "/sys/fs/mshare");
 
-	least = size ? strtoul(size, NULL, 10) : 0;
-	verbose = talk && *talk == '1' && !fstat(STDERR_FILENO, &errors);
+	least = size ? number(size) : 0;
+	verbose = talk && *talk == '1' && !status(STDERR_FILENO, &errors);
 	if (least && length < (int)sizeof(control) &&
-	    !pthread_atfork(before_fork, after_fork, after_fork))
+	    !pthread_atfork(before_fork, after_fork, in_child))
 		ready = true;
 }
 
-/* A daemon may have opened something else as descriptor 2. */
+/*
+ * A daemon may have opened something else as descriptor 2. Who reads it may not, or
+ * no longer: the program is neither to wait for that nor to die of it.
+ */
 static void say(const char *verb, size_t length, const char *what, const char *why)
 {
+	struct pollfd out = { .fd = STDERR_FILENO, .events = POLLOUT };
 	bool large = length >= 1 << 20;
 	char text[512];
 	struct stat now;
 	int saved = errno, size;
 
-	if (verbose && !fstat(STDERR_FILENO, &now) && now.st_dev == errors.st_dev &&
-	    now.st_ino == errors.st_ino) {
+	if (verbose && !status(STDERR_FILENO, &now) && now.st_dev == errors.st_dev &&
+	    now.st_ino == errors.st_ino && syscall(SYS_poll, &out, 1, 0) == 1 &&
+	    out.revents == POLLOUT) {
 		size = snprintf(text, sizeof(text), "mshare run: %s (%d): %s: %zu %s of %s%s%s\n",
 				program_invocation_short_name, getpid(), verb,
 				large ? length >> 20 : length >> 10, large ? "MiB" : "KiB", what,
@@ -133,12 +192,12 @@ bool mshare_wanted(size_t length)
 	return ready && length >= least && length <= SIZE_MAX - SLOT;
 }
 
-void mshare_stop(unsigned int reason, bool stop)
+bool mshare_stop(unsigned int reason, bool stop)
 {
-	if (stop)
-		stopped |= reason;
-	else
-		stopped &= ~reason;
+	unsigned int before = stop ? atomic_fetch_or(&stopped, reason) :
+				     atomic_fetch_and(&stopped, ~reason);
+
+	return before & reason;
 }
 
 static struct window *free_entry(void)
@@ -159,12 +218,12 @@ static int open_region(void *plain, int prot, const char **why)
 	int fd = syscall(SYS_openat, AT_FDCWD, control, O_RDONLY | O_CLOEXEC), region;
 
 	if (fd < 0) {
-		*why = "the module is not there";
+		*why = reason();
 		return -1;
 	}
 	region = syscall(SYS_ioctl, fd, MSHAREFS_OPEN_MAPPING, &request);
 	if (region < 0)
-		*why = strerrordesc_np(errno);
+		*why = reason();
 	syscall(SYS_close, fd);
 	return region;
 }
@@ -185,14 +244,14 @@ static void *make(void *plain, size_t length, int prot, bool segment, const char
 		return MAP_FAILED;
 	start = (void *)syscall(SYS_mmap, NULL, size, prot, MAP_SHARED, region, 0L);
 	if (start == MAP_FAILED)
-		*why = strerrordesc_np(errno);
+		*why = reason();
 	syscall(SYS_close, region);
 	if (start == MAP_FAILED)
 		return MAP_FAILED;
 	/* as long as the window, so that it can take its place in one step */
 	wide = (void *)syscall(SYS_mremap, plain, whole, size, MREMAP_MAYMOVE);
 	if (wide == MAP_FAILED) {
-		*why = strerrordesc_np(errno);
+		*why = reason();
 		syscall(SYS_munmap, start, size);
 		return MAP_FAILED;
 	}
@@ -208,7 +267,7 @@ static void *make(void *plain, size_t length, int prot, bool segment, const char
 
 void *mshare_share(void *plain, size_t length, int prot, bool segment, const char *what)
 {
-	const char *why = stopped & MSHARE_WATCHES ? "the program uses KVM or userfaultfd" :
+	const char *why = stopped & MSHARE_WATCHES ? "the program uses KVM, userfaultfd or a device" :
 			  "the program locks its memory (mlockall)";
 	void *found = MAP_FAILED;
 	int saved = errno;
@@ -226,9 +285,12 @@ void *mshare_share(void *plain, size_t length, int prot, bool segment, const cha
 	return found == MAP_FAILED ? plain : found;
 }
 
+/* The window, or the plain mapping, which a program that walks its own maps can find. */
 static bool overlaps(const struct window *win, uintptr_t start, uintptr_t end)
 {
-	return win->start && start < win->end && end > win->start;
+	uintptr_t at = win->start, size = win->end - at, plain = win->plain;
+
+	return at && ((start < at + size && end > at) || (start < plain + size && end > plain));
 }
 
 /* From one on, if it is not NULL the next after it. */
@@ -251,36 +313,49 @@ bool mshare_touches(const void *address, size_t length)
 	return find(NULL, address, length);
 }
 
-bool mshare_on_plain(long call, const void *address, size_t length, long argument, int *result)
+void *mshare_plain(const void *address, size_t length, bool all)
 {
-	uintptr_t at = (uintptr_t)address;
+	uintptr_t at = (uintptr_t)address, plain = 0;
 	struct window *win;
-	bool inside;
+	size_t into, whole;
 	sigset_t old;
 
+	if (!mshare_touches(address, length))
+		return NULL;
 	lock(&old);
 	win = find(NULL, address, length);
-	inside = win && at >= win->start && at - win->start <= win->length &&
-		 length <= win->length - (at - win->start);
-	if (inside)
-		*result = syscall(call, win->plain + (at - win->start), length, argument);
+	if (win && at >= win->start) {
+		into = at - win->start;
+		whole = round_up(length, PAGE);
+		if (into <= win->length && whole >= length && whole <= win->length - into &&
+		    (!all || whole == win->length))
+			plain = win->plain + into;
+	}
 	unlock(&old);
-	return inside;
+	return (void *)plain;
 }
 
 /*
- * One call, in which the kernel takes the window away and moves the plain mapping
- * to its place, under one lock: other threads that look there wait.
+ * One call, in which the kernel takes the window away and makes one more of the plain
+ * mapping in its place, under one lock: other threads that look there wait. (That is
+ * what an old size of 0 does. A move would need the plain mapping in one piece.)
  */
 static bool revert(struct window *win, const char *why)
 {
-	uintptr_t start = win->start, rest = start + win->length;
+	uintptr_t start = win->start, rest = start + win->length, plain = win->plain;
 	size_t size = win->end - start;
-	int saved = errno;
+	int saved = errno, failed;
 
-	if (syscall(SYS_mremap, win->plain, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, start) < 0)
+	if (syscall(SYS_mremap, plain, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, start) < 0) {
+		failed = errno;
+		/* no memory: the window may have gone by then, and the address is anybody's */
+		if (syscall(SYS_msync, start, PAGE, MS_ASYNC) < 0)
+			win->start = 0;
+		errno = failed;
 		return false;
+	}
 	win->start = 0;
+	syscall(SYS_munmap, plain, size);
 	/* what the program did not map; if there are too many mappings to cut it off it stays */
 	if (rest != start + size)
 		syscall(SYS_munmap, rest, start + size - rest);

@@ -27,20 +27,22 @@ void *mshare_share(void *plain, size_t length, int prot, bool segment, const cha
 /* Say why a mapping of that size stays as it is; only with --verbose. */
 void mshare_say_plain(size_t length, const char *what, const char *why);
 
-/* Whether a window overlaps the range. Takes no lock. */
+/* Whether a window, or a plain mapping that belongs to one, overlaps the range. No lock. */
 bool mshare_touches(const void *address, size_t length);
 
 /*
  * Put the program's own mappings in the place of all windows that overlap the
- * range, each in one step. False, with errno: that failed, and nothing has changed.
+ * range, each in one step. False, with errno: that failed, and this window is as it
+ * was, or gone where the kernel had no memory.
  */
 bool mshare_revert(const void *address, size_t length, const char *why);
 
 /*
- * Make madvise() or mincore() on the same place in the program's own mapping, if
- * the range lies in one window as a whole. False: it does not. Sets errno as the call.
+ * Where the range is in the program's own mapping, if it lies in one window as a
+ * whole, or with all if it is all of one. NULL: it does not. Another thread may
+ * take the mapping away.
  */
-bool mshare_on_plain(long call, const void *address, size_t length, long argument, int *result);
+void *mshare_plain(const void *address, size_t length, bool all);
 
 /*
  * Unmap the window that starts there, and the program's own mapping with it. With a
@@ -51,6 +53,6 @@ bool mshare_unmap(const void *address, size_t length);
 /* As long as one of these holds, what is newly mapped stays as it is. */
 #define MSHARE_LOCKS	1	/* new mappings are locked in memory */
 #define MSHARE_WATCHES	2	/* something watches the program's page tables */
-void mshare_stop(unsigned int reason, bool stop);
+bool mshare_stop(unsigned int reason, bool stop);	/* whether it held before */
 
 #endif

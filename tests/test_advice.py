@@ -175,9 +175,28 @@ def test_postgresql_is_told_of_huge_pages(tmp_path: Path, shm: str) -> None:
         found = of(pid)
     for kind in ("sysv", "anonymous"):
         assert "huge_pages = on" in found[kind].change
-        assert f"vm.nr_hugepages={SIZE // (2 * MIB)}" in found[kind].change
+        more = f"hugepages-2048kB/nr_hugepages) + {SIZE // (2 * MIB)}))"
+        assert more in found[kind].change
     for kind in ("file", "shm", "memfd"):
         assert "huge_pages" not in found[kind].change
+
+
+def test_segments_of_other_namespaces(root: None) -> None:
+    """The first segment of each IPC namespace has the same number, and is not the same."""
+    code = f"""
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.unshare(0x08000000)
+libc.shmat.restype = ctypes.c_void_p
+at = libc.shmat(libc.shmget(0, {SIZE}, 0o1600), None, 0)
+ctypes.memset(at, 1, {SIZE})
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+    with holding(code) as (one,), holding(code) as (two,):
+        assert largest(one).inode == largest(two).inode
+        assert "sysv" not in of(one)
+        assert "sysv" not in of(two)
 
 
 def test_one_process_shares_with_nobody(tmp_path: Path) -> None:
@@ -276,7 +295,7 @@ def test_huge_pages_are_told_from_small_ones(hugetlb: Engine, name: str) -> None
     ]
     kinds = advice._Kinds()
     mappings = processes.shared_mappings(os.getpid())
-    found = sorted(str(kinds.of(each)) for each in mappings if each.size == size)
+    found = sorted(str(kinds.of(each, os.getpid())) for each in mappings if each.size == size)
     assert found == ["anonymous", "hugetlb", "hugetlb", "hugetlb", "memfd"]
     for each in held:
         each.close()

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def test_name_goes_with_the_last_array(engine: Engine) -> None:
     assert names() == before
     assert again.tolist() == list(range(10))
     with pytest.raises(FileNotFoundError):
-        pickle.loads(data)
+        len(pickle.loads(data))
 
 
 def test_a_name_of_the_callers_stays(engine: Engine, name: str) -> None:
@@ -256,3 +257,38 @@ assert share is mshare.share
 """
     result = python(code)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def _first(array: Any) -> float:
+    return float(np.asarray(array)[0])
+
+
+def test_pool_is_told_what_is_gone() -> None:
+    """A share that nobody holds is gone when the worker looks: an error, and no silence."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        answer: Any = pool.apply_async(_first, (mshare.share(np.arange(5.0)),))
+        with pytest.raises(FileNotFoundError):
+            answer.get(60)
+        kept = mshare.share(np.arange(5.0))
+        assert pool.apply_async(_first, (kept,)).get(60) == 0.0
+
+
+@pytest.mark.parametrize("what", ["array", "region"])
+def test_what_is_gone_says_so_when_it_is_used(name: str, what: str) -> None:
+    """Whatever is done with it, and also when it is sent on."""
+    region = mshare.create(name, 4096)
+    data = pickle.dumps(mshare.share(np.arange(5.0)) if what == "array" else region)
+    region.unlink()
+    region.close()
+    gone = pickle.loads(pickle.dumps(pickle.loads(data)))
+    uses: list[Callable[[], object]] = [
+        lambda: gone[0],
+        lambda: gone + 1,
+        lambda: np.asarray(gone),
+        lambda: gone.address,
+        gone.__len__,
+        gone.__enter__,
+    ]
+    for use in uses:
+        with pytest.raises(FileNotFoundError):
+            use()

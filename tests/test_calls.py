@@ -8,11 +8,12 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import mshare
-from mshare import mapping
+from mshare import calls, mapping
 from mshare.engines import Engine
 from mshare.sizes import SLOT_SIZE
 from tests.conftest import SubPython
@@ -252,3 +253,20 @@ ctypes.memmove(address + 5, b"from there", 10)
 """
     assert python(code, name, addr, size).returncode == 0
     assert get(addr + 5, 10) == b"from there"
+
+
+def test_appears_with_its_content(
+    name: str, addr: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody sees it before what was in the range is in it."""
+    anonymous(addr, 4096)
+    copy_in = calls._copy_in
+
+    def look(*arguments: Any) -> None:
+        with pytest.raises(FileNotFoundError):
+            mshare.attach(name)
+        copy_in(*arguments)
+
+    monkeypatch.setattr(calls, "_copy_in", look)
+    assert mshare.mshare(name, addr, size, RW_CREATE, 0o640) == addr
+    mshare.attach(name).close()

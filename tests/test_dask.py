@@ -173,6 +173,19 @@ def test_workers_of_one_process() -> None:
         assert dataset.array is None
 
 
+def test_source_that_finds_a_file_there(tmp_path: Path) -> None:
+    """Its own FileExistsError is an error, not somebody else's region."""
+
+    def source() -> np.ndarray[Any, Any]:
+        os.mkdir(tmp_path)
+        return WANTED
+
+    dataset = Dataset("exists", source, engine=ENGINE)
+    with pytest.raises(FileExistsError):
+        worker(dataset)
+    assert not names(dataset)
+
+
 def die_or_load(marker: Path) -> np.ndarray[Any, Any]:
     """The first process that loads is killed when it is about to be done."""
     if not marker.exists():

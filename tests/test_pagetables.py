@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +121,13 @@ os._exit(0)
     shared, copied = map(int, result.stdout.split())
     assert abs(shared) < 2 << 20
     assert 32 << 20 <= copied < 34 << 20
+
+
+def test_paths_of_any_bytes(tmp_path: Path) -> None:
+    """A mapped file whose name is not UTF-8, or has a carriage return, is a file."""
+    path = os.path.join(os.fsencode(tmp_path), b"M\xfcller\rx")
+    with open(path, "w+b") as file:
+        file.truncate(4096)
+        memory = mmap.mmap(file.fileno(), 4096)
+    assert any(os.fsencode(each.path) == path for each in pagetables.mappings())
+    memory.close()

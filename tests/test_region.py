@@ -217,7 +217,7 @@ def test_pickle(region: mshare.Region) -> None:
     assert reader.readonly
     region.unlink()
     with pytest.raises(FileNotFoundError, match=region.name):
-        pickle.loads(data)
+        pickle.loads(data).asarray()
 
 
 def test_exit_with_everything_alive(name: str, python: SubPython) -> None:
@@ -311,3 +311,40 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     result = python(code)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("look", ["memoryview(self.region)[0]", "self.region.asarray()[0]"])
+@pytest.mark.parametrize("close", [False, True])
+def test_garbage_looks_into_it_to_the_end(
+    region: mshare.Region, python: SubPython, look: str, close: bool
+) -> None:
+    """Finalizers of one piece of garbage run in any order: the memory goes after the last."""
+    code = f"""
+import gc, os, sys, mshare
+
+class Worker:
+    def __init__(self, region):
+        self.region, self.run, self.view = region, self.look, memoryview(region)
+    def look(self):
+        {look} = 1
+    def __del__(self):
+        self.look()
+        self.view.release()
+        if {close}:
+            self.region.close()
+
+before = len(os.listdir("/proc/self/fd"))
+for _ in range(20):
+    Worker(mshare.attach(sys.argv[1]))
+    gc.collect()
+assert len(os.listdir("/proc/self/fd")) == before
+with open("/proc/self/maps") as maps:
+    assert sys.argv[1] not in maps.read()
+"""
+    done = python(code, region.name)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_offsets_of_any_integer_type(region: mshare.Region) -> None:
+    """A NumPy integer does not overflow."""
+    assert region.asarray("uint8", offset=np.int8(100)).size == SIZE - 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -25,6 +26,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for the library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_needs_no_new_c_library(cache: Path) -> None:
+    """A program may come with an older one than this machine's, where a newer version is fatal."""
+    said = subprocess.run(
+        ["objdump", "-T", preload.build()], check=True, capture_output=True, text=True
+    ).stdout
+    needed = {tuple(map(int, found.split("."))) for found in re.findall(r"GLIBC_([\d.]+)", said)}
+    assert (2, 2, 5) in needed
+    assert max(needed) < (2, 17)
 
 
 def elf(machine: int = 62, bits: int = 2, loader: str = "/lib64/ld-linux-x86-64.so.2") -> bytes:
@@ -144,7 +155,7 @@ def test_without_the_module(cache: Path, tmp_path: Path) -> None:
         )
         assert (result.returncode, result.stdout) == (code, shown)
         assert result.stderr.startswith("mshare run: ")
-        assert "try: " in result.stderr
+        assert "as root: " in result.stderr
         assert result.stderr.count("\n") == 1
 
 

@@ -16,7 +16,7 @@ from mshare import engines, memory
 from mshare.engines import shm
 from mshare.engines.shm import Shm
 from mshare.memory import Available
-from tests.conftest import SubPython
+from tests.conftest import NOBODY, SubPython
 
 SHM = engines.by_name("shm")
 
@@ -71,8 +71,50 @@ def test_available_memory_knows_cgroups(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "memory.current").write_text("1000000\n")
     monkeypatch.setattr(memory, "_cgroup_folders", lambda: [str(tmp_path)])
     assert memory.available() == Available(4000000, f"{tmp_path}/memory.max")
+    # clean pages of files go when memory is asked for
+    (tmp_path / "memory.stat").write_text("inactive_file 500000\nactive_file 300\nfile_dirty 200\n")
+    assert memory.available().bytes == 4500100
     (tmp_path / "memory.max").write_text("max\n")
     assert "MemAvailable" in memory.available().source
+
+
+def test_names_that_are_none(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What somebody else puts into the folder is nobody's region, and breaks no list."""
+    monkeypatch.setattr(SHM, "chosen", str(tmp_path))
+    mshare.create(name, 4096, engine="shm").close()
+    for odd in (b"caf\xe9", b"x\x1b[2J\x07y", b"two\nlines"):
+        with open(os.path.join(os.fsencode(tmp_path), odd), "wb"):
+            pass
+    assert [region.name for region in mshare.list("shm")] == [name]
+
+
+def test_link_of_another_user(root: None, name: str, tmp_path: Path) -> None:
+    """A name that leads where its maker could not write is not written to; one's own is."""
+    (tmp_path / "mine").write_bytes(bytes(4096))
+    with mshare.create(name, backing=tmp_path / "mine", engine="shm"):
+        pass
+    with mshare.attach(name) as region:
+        memoryview(region)[0] = 1
+    link = f"{SHM.directory()}/{name}"
+    os.lchown(link, NOBODY, NOBODY)
+    with pytest.raises(PermissionError, match=f"user {NOBODY}, who may not write there") as caught:
+        mshare.attach(name)
+    assert caught.value.filename == name
+    assert (tmp_path / "mine").read_bytes()[0] == 1
+    os.chown(tmp_path / "mine", NOBODY, NOBODY)
+    mshare.attach(name).close()
+
+
+def test_folder_that_was_not_opened_to_all(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its maker may have been stopped in between; whoever owns it makes up for that."""
+    folder = tmp_path / "mshare"
+    folder.mkdir(0o700)
+    monkeypatch.setattr(Shm, "directory", lambda self: str(folder))
+    mshare.create(name, 4096, engine="shm").close()
+    assert folder.stat().st_mode & 0o7777 == 0o1777
+    mshare.unlink(name, engine="shm")
 
 
 def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

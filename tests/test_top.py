@@ -20,7 +20,7 @@ from contextlib import suppress
 import pytest
 
 import mshare
-from mshare import pagetables, watch
+from mshare import pagetables, processes, watch
 from mshare.cli import main
 from mshare.cli.output import console
 from mshare.cli.top import _frame
@@ -99,6 +99,19 @@ def test_fits_the_screen(height: int, capsys: Capture) -> None:
     assert shown.count("\n") <= max(height, 9)
     assert re.search(r"^and \d+ smaller regions$", shown, re.M)
     assert "postgres" in shown
+
+
+def test_processes_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hidepid=1 those of others are a PermissionError; the rest is shown."""
+    real = processes.process
+
+    def process(pid: int) -> object:
+        if pid == 1:
+            raise PermissionError(1, "no", f"/proc/{pid}/status")
+        return real(pid)
+
+    monkeypatch.setattr(processes, "process", process)
+    assert os.getpid() in [each.pid for each in processes.processes()]
 
 
 def test_once(name: str, capsys: Capture) -> None:

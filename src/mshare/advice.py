@@ -10,6 +10,7 @@ import errno
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def scan(minimum: int = 1 << 20, progress: Progress = lambda text, done, total: 
 
 def _groups(progress: Progress) -> tuple[list[_Group], dict[int, Process], int]:
     kinds = _Kinds()
-    groups: dict[tuple[tuple[int, int], int], _Group | None] = {}
+    groups: dict[tuple[tuple[int, int], int, str], _Group | None] = {}
     programs: dict[int, Process] = {}
     unreadable = 0
     everyone = pids()
@@ -110,9 +111,9 @@ def _groups(progress: Progress) -> tuple[list[_Group], dict[int, Process], int]:
         if found:
             programs[pid] = found
         for mapping in mappings:
-            key = mapping.device, mapping.inode
+            key = mapping.device, mapping.inode, _namespace(pid, mapping)
             if key not in groups:
-                kind = kinds.of(mapping)
+                kind = kinds.of(mapping, pid)
                 groups[key] = _Group(kind, mapping.path) if kind else None
             group = groups[key]
             if group:
@@ -124,7 +125,8 @@ class _Kinds:
     """What a mapping is, by the file system its file is on."""
 
     def __init__(self) -> None:
-        self._types = _file_systems()
+        self._types = _file_systems("self")
+        self._seen: set[str] = set()
         fd = os.memfd_create("mshare-advise")
         try:
             device = os.fstat(fd).st_dev
@@ -132,8 +134,18 @@ class _Kinds:
             os.close(fd)
         self._memory = os.major(device), os.minor(device)
 
-    def of(self, mapping: Shared) -> str | None:
+    def _look_into(self, pid: int) -> None:
+        """Learn what is mounted where a process lives; a container has mounts of its own."""
+        with suppress(OSError):
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace not in self._seen:
+                self._seen.add(namespace)
+                self._types = _file_systems(pid) | self._types
+
+    def of(self, mapping: Shared, pid: int) -> str | None:
         """None for what is no memory of files or segments, or is shared already."""
+        if mapping.device not in self._types and mapping.device != self._memory:
+            self._look_into(pid)
         kind = self._types.get(mapping.device)
         if kind:
             if kind in _SPECIAL or kind == "msharefs":
@@ -147,10 +159,20 @@ class _Kinds:
         return "file" if mapping.path.startswith("/") and mapping.device[0] else None
 
 
-def _file_systems() -> dict[tuple[int, int], str]:
+def _namespace(pid: int, mapping: Shared) -> str:
+    """Where an inode number of System V shared memory, which is the segment's id, counts."""
+    if not mapping.path.startswith("/SYSV"):
+        return ""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/ipc")
+    except OSError:
+        return ""
+
+
+def _file_systems(pid: int | str) -> dict[tuple[int, int], str]:
     """The type of each mounted file system, by device."""
     found = {}
-    with open("/proc/self/mountinfo", errors="backslashreplace") as file:
+    with open(f"/proc/{pid}/mountinfo", errors="backslashreplace") as file:
         for line in file:
             before, _, after = line.partition(" - ")
             major, minor = before.split()[2].split(":")
@@ -268,9 +290,10 @@ def _change(group: _Group, size: int, names: Counter[str]) -> str:
         return "mshare.mmap(...) in place of mmap.mmap(...), with the same arguments"
     if program in _POSTGRES and group.kind in ("anonymous", "sysv"):
         pages = round_up(size, HUGE_PAGE) // HUGE_PAGE
+        pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
         return (
-            "huge_pages = on in postgresql.conf, and as root, before it is restarted: "
-            f"sysctl vm.nr_hugepages={pages}"
+            "huge_pages = on and huge_page_size = 2MB in postgresql.conf; before it is restarted, "
+            f"as root, {pages} more huge pages: echo $(($(cat {pool}) + {pages})) > {pool}"
         )
     if os.path.dirname(path) == engines.by_name("shm").directory():
         name = os.path.basename(path)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mshare.engines import by_name
+from mshare.errors import Gone
 from mshare.region import Region
 from mshare.regions import attach, create
 from mshare.sizes import PAGE_SIZE, round_up
@@ -107,10 +108,13 @@ def _look(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     offset: int,
-) -> SharedArray:
+) -> SharedArray | Gone:
     """What was pickled, in this process."""
     name, readonly, engine = where
-    region = attach(name, readonly=readonly, engine=engine)
+    try:
+        region = attach(name, readonly=readonly, engine=engine)
+    except OSError as error:
+        return Gone(error)
     whole = memoryview(region)
     return _over(region, np.ndarray(shape, dtype, whole, offset, strides))
 

@@ -96,10 +96,13 @@ def _create(name: str, addr: int, length: int, mode: int, readonly: bool) -> int
     engine = engines.best(None, length)
     if length % engine.granule:
         raise invalid(f"the length is not a multiple of {engine.granule}", length)
-    fd = engine.create(name, length, mode)
-    try:
+
+    def fill(region: int) -> None:
         if addr:
-            _copy_in(engine, fd, name, addr, length)
+            _copy_in(engine, region, name, addr, length)
+
+    fd = engine.create(name, length, mode, fill=fill)
+    try:
         return _map_over(engine, fd, name, addr, length, readonly=readonly)
     except BaseException:
         engine.unlink(name)
@@ -138,7 +141,7 @@ def _readable(start: int, end: int) -> list[tuple[int, int]]:
     :raises OSError: EACCES when a part can't be read: its content could not be kept.
     """
     parts = []
-    with open("/proc/self/maps") as file:
+    with open("/proc/self/maps", errors="surrogateescape", newline="\n") as file:
         for line in file:
             where, access, *_ = line.split()
             low, high = (int(number, 16) for number in where.split("-"))

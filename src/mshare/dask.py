@@ -136,9 +136,13 @@ class Dataset(WorkerPlugin):
         while True:
             holder = engines.holder(self.region)
             if holder is None:
-                with creating(self.region), suppress(FileExistsError):
+                with creating(self.region):
                     if engines.holder(self.region) is None:
-                        self._load()
+                        try:
+                            self._load()
+                        except FileExistsError as error:
+                            if error.filename != self.region:
+                                raise
                 continue
             with suppress(FileNotFoundError):
                 region = attach(self.region, readonly=True, engine=holder.name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap as python
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,37 +76,48 @@ def _layout_is_known() -> bool:
 _usable = _layout_is_known()
 
 
-class _Window:
-    """A window onto the region of a file, for one mmap object, which looks through it or not.
+class _End:
+    """Takes a window away when it goes itself; the object's own mapping is put back before."""
 
-    It goes with the object, or before: the object's own mapping is back in place by then.
-    """
+    def __init__(self, window: _Window) -> None:
+        self._state = dict(vars(window))
+
+    def __del__(self, munmap: Any = mapping.munmap, close: Any = os.close) -> None:
+        state = self._state
+        if "_inside" in state:
+            if state["_fields"].data == state["_inside"]:
+                state["_fields"].data = state["_plain"]
+            munmap(state["_address"], state["_length"])
+        close(state["region"])
+
+
+class _Window:
+    """A window onto the region of a file, for one mmap object, which looks through it or not."""
 
     def __init__(self, memory: python.mmap, region: int, prot: int, offset: int) -> None:
         """From the file's ``offset`` on; the open ``region`` then belongs to this object."""
         self.region, self.prot, self.offset = region, prot, offset
-        self._fields = _Fields.of(memory)
-        self._plain = self._fields.data
+        self._fields = fields = _Fields.of(memory)
+        self._plain, self._size = fields.data, fields.size
         first = offset // SLOT_SIZE * SLOT_SIZE
-        self._length = round_up(offset - first + self._fields.size, SLOT_SIZE)
+        self._length = round_up(offset - first + fields.size, SLOT_SIZE)
         self._address = mapping.mmap(0, self._length, prot, MAP_SHARED, region, first)
         self._inside = self._address + offset - first
         self.enter()
 
+    def __del__(self, last: Any = _End) -> None:
+        # in two steps, as mapping._memory_type: other finalizers of the same garbage may look in
+        self._end = last(self)
+
     def enter(self) -> None:
-        """Let the object look at the file through the window."""
-        self._fields.data = self._inside
+        """Let the object look through the window, unless it was closed or resized meanwhile."""
+        if (self._fields.data, self._fields.size) == (self._plain, self._size):
+            self._fields.data = self._inside
 
     def leave(self) -> None:
-        """Let it look at its own mapping of the file."""
-        self._fields.data = self._plain
-
-    def __del__(self, munmap: Any = mapping.munmap, close: Any = os.close) -> None:
-        if hasattr(self, "_inside"):
-            if self._fields.data == self._inside:
-                self.leave()
-            munmap(self._address, self._length)
-        close(self.region)
+        """Let it look at its own mapping of the file, if it looks through this window."""
+        if self._fields.data == self._inside:
+            self._fields.data = self._plain
 
 
 @contextmanager
@@ -151,6 +163,8 @@ class mmap(python.mmap):  # noqa: N801
         **more: Any,
     ) -> Self:
         smallest = min_size()
+        numbers = map(operator.index, (fileno, flags, prot, access, offset))
+        fileno, flags, prot, access, offset = numbers
         self = super().__new__(cls, fileno, length, flags, prot, access, offset, **more)
         self._window = None
         if access == ACCESS_READ:

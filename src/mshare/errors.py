@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 RUN_OUT = frozenset(
     (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,3 +48,27 @@ def about(name: str) -> Iterator[None]:
         if error.errno not in RUN_OUT or error.filename == name:
             raise
         raise OSError(error.errno, error.strerror, name) from error
+
+
+class Gone:
+    """What is unpickled in place of a region, or an array, that can't be attached.
+
+    Whatever is done with it raises why. Unpickling itself must not: ``multiprocessing.Pool`` takes
+    an OSError there for the end of its pipe, and the task, or all results, are lost without a word.
+    """
+
+    _error: OSError
+
+    def __init__(self, error: OSError) -> None:
+        self.__dict__["_error"] = error
+
+    def _raise(self, *_: object, **__: object) -> NoReturn:
+        raise self._error
+
+    __getattr__ = __setattr__ = __enter__ = __exit__ = __buffer__ = __array__ = _raise
+    __getitem__ = __setitem__ = __len__ = __iter__ = __bool__ = __float__ = __int__ = _raise
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _raise
+    __truediv__ = __rtruediv__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = _raise
+
+    def __reduce__(self) -> tuple[type[Gone], tuple[OSError]]:
+        return Gone, (self._error,)

@@ -56,7 +56,7 @@ def reserved(size: int, say: Callable[[str], None]) -> Iterator[None]:
 def _mounted(say: Callable[[str], None]) -> Iterator[None]:
     """A hugetlbfs the engine finds, of this block's own where there is none."""
     engine = engines.by_name("hugetlb")
-    with open("/proc/self/mounts") as file:
+    with open("/proc/self/mounts", errors="surrogateescape") as file:
         if engine.chosen or " hugetlbfs " in file.read():
             yield
             return

@@ -100,14 +100,28 @@ def _place_aligned(fd: int, size: int, prot: int, alignment: int) -> int:
     return start + head
 
 
+class _Unmap:
+    """Unmaps memory when it goes."""
+
+    def __init__(self, address: int, mapped: int) -> None:
+        self._where = address, mapped
+
+    def __del__(self, call: Any = _munmap) -> None:
+        call(*self._where)
+
+
 @functools.lru_cache(maxsize=64)
 def _memory_type(size: int, mapped: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
-    """The type of ``size`` of ``mapped`` bytes, unmapped when nobody looks into them any more."""
+    """The type of ``size`` of ``mapped`` bytes, unmapped when nobody looks into them any more.
 
-    def unmap(memory: Any, call: Any = _munmap, where: Any = ctypes.addressof) -> None:
-        call(where(memory), mapped)
+    In two steps: the collector calls every ``__del__`` of a piece of garbage, in any order, before
+    it takes the first part of it away, and other finalizers may look into the memory until then.
+    """
 
-    body = {"_type_": ctypes.c_ubyte, "_length_": size, "__del__": unmap}
+    def leave(memory: Any, last: Any = _Unmap, where: Any = ctypes.addressof) -> None:
+        memory.last = last(where(memory), mapped)
+
+    body = {"_type_": ctypes.c_ubyte, "_length_": size, "__del__": leave}
     return type("Memory", (ctypes.Array,), body)
 
 

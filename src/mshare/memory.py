@@ -43,8 +43,25 @@ def available() -> Available:
         ):
             with suppress(OSError, ValueError):
                 left = _number(f"{folder}/{limit}") - _number(f"{folder}/{usage}")
+                left += _page_cache(folder)
                 candidates.append(Available(max(left, 0), f"{folder}/{limit}"))
     return min(candidates, key=lambda candidate: candidate.bytes)
+
+
+def _page_cache(folder: str) -> int:
+    """Clean pages of files in a cgroup: they count as used, and go when memory is asked for."""
+    try:
+        with open(f"{folder}/memory.stat") as file:
+            fields = {key: int(value) for key, value in map(str.split, file)}
+    except OSError:
+        return 0
+    dirty = sum(_of(fields, key) for key in ("file_dirty", "dirty", "file_writeback", "writeback"))
+    cache = _of(fields, "inactive_file") + _of(fields, "active_file")
+    return max(cache - dirty, 0)
+
+
+def _of(fields: dict[str, int], key: str) -> int:
+    return fields.get(f"total_{key}", fields.get(key, 0))
 
 
 def _number(path: str) -> int:

@@ -173,7 +173,7 @@ def _fault_counts() -> tuple[int, int]:
 
 def _lines(path: str, pid: int | None) -> list[str]:
     try:
-        with open(path) as file:
+        with open(path, errors="surrogateescape", newline="\n") as file:
             return file.readlines()
     except (FileNotFoundError, ProcessLookupError):
         import errno

@@ -84,7 +84,7 @@ def process(pid: int) -> Process | None:
 def processes() -> Iterator[Process]:
     """Every process with memory of its own that ``/proc`` shows to this user."""
     for pid in pids():
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             found = process(pid)
             if found:
                 yield found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 from mshare import mapping
 from mshare.buffer import Exporter
 from mshare.engines import Engine, Stat, missing
-from mshare.errors import invalid
+from mshare.errors import Gone, invalid
 from mshare.sizes import PAGE_SIZE, region_size, round_up
 
 if TYPE_CHECKING:
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 PathOrFd = str | os.PathLike[str] | int
+
+
+class _Closing:
+    """Closes a descriptor when it goes."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.fd >= 0:
+            close(self.fd)
 
 
 class Region(Exporter):
@@ -34,6 +45,7 @@ class Region(Exporter):
     """
 
     _fd = -1
+    _last: _Closing | None = None
 
     def __init__(
         self,
@@ -109,7 +121,7 @@ class Region(Exporter):
         self,
         dtype: npt.DTypeLike = "uint8",
         shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
-        offset: int = 0,
+        offset: SupportsIndex = 0,
         order: Literal["C", "F"] = "C",
     ) -> np.ndarray[Any, Any]:
         """A NumPy array over the region's memory, without a copy.
@@ -126,6 +138,7 @@ class Region(Exporter):
         import numpy as np
 
         self.fileno()
+        offset = operator.index(offset)
         view = memoryview(self)
         kind = np.dtype(dtype)
         if kind.hasobject or not kind.itemsize:
@@ -227,6 +240,8 @@ class Region(Exporter):
         fd, self._fd = self._fd, -1
         if fd >= 0:
             del self._b_target
+            if self._last:
+                self._last.fd = -1
             os.close(fd)
 
     def __enter__(self) -> Region:
@@ -242,13 +257,14 @@ class Region(Exporter):
         self.close()
 
     def __del__(self) -> None:
+        # in two steps, as mapping._memory_type: other finalizers of the same garbage may look in
         if self._fd >= 0:
-            os.close(self._fd)
+            self._last = _Closing(self._fd)
 
     def __len__(self) -> int:
         return self._size
 
-    def __reduce__(self) -> tuple[Callable[..., Region], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Region | Gone], tuple[Any, ...]]:
         return _reattach, (self._name, self._readonly, self.engine, self._fixed)
 
     def __repr__(self) -> str:
@@ -273,7 +289,10 @@ def _opened(file: PathOrFd | None, *, readonly: bool) -> Iterator[int | None]:
         os.close(fd)
 
 
-def _reattach(name: str, readonly: bool, engine: str, address: int | None) -> Region:
+def _reattach(name: str, readonly: bool, engine: str, address: int | None) -> Region | Gone:
     from mshare.regions import attach
 
-    return attach(name, readonly=readonly, engine=engine, address=address)
+    try:
+        return attach(name, readonly=readonly, engine=engine, address=address)
+    except OSError as error:
+        return Gone(error)

@@ -13,8 +13,7 @@ from mshare.engines.msharefs import info
 from tests.inject.inject import Caller, Where, Workers, check, standing
 from tests.kernel import abi
 from tests.kernel.abi import ANONYMOUS, PAGE, READ, RW, SHARED
-from tests.kernel.test_dropin import open_file
-from tests.kernel.test_open_mapping import open_mapping
+from tests.kernel.test_dropin import open_file, open_mapping
 
 SIZE = 4 << 20
 BOTH = pytest.mark.parametrize("where", [Caller, Workers])

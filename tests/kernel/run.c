@@ -166,6 +166,8 @@ static void on(const char *kind, char *(*make)(void))
 		     i % 2 ? madvise(memory, SIZE, advices[i / 2]) :
 		     madvise(memory + PART, PART, advices[i / 2]));
 		look(memory, PAGES);
+		said("then munmap of a part", i, munmap(memory + 3 * PART, PART));
+		look(memory, PAGES);
 		munmap(memory, SIZE);
 	}
 	for (int way = 0; way < 6; way++) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import random
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import mshare
-from mshare import engines
+from mshare import dropin, engines
 from mshare.engines.msharefs import Info, Msharefs, info
 from tests.conftest import NOBODY
 from tests.kernel import abi
@@ -29,7 +31,7 @@ from tests.kernel.test_lifetime import nothing_left
 from tests.kernel.test_security import APPEND, flagged
 
 SIZE = 16 << 20
-OPEN_FILE = 0x40087804
+OPEN_FILE, OPEN_MAPPING = 0x40087804, 0x40107805
 RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
 F_SEAL_FUTURE_WRITE = 0x10
 
@@ -41,6 +43,16 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = folder / "content"
     path.write_bytes(random.Random(1).randbytes(SIZE))
     return path
+
+
+def open_mapping(address: int, access: int = RDWR, reserved: int = 0) -> int:
+    """OPEN_MAPPING."""
+    control = os.open(f"{abi.MOUNT}/mshare_info", RDONLY)
+    try:
+        request = bytearray(struct.pack("=QII", address, access, reserved))
+        return int(fcntl.ioctl(control, OPEN_MAPPING, request))
+    finally:
+        os.close(control)
 
 
 def open_file(fd: int, access: int = RDONLY) -> int:
@@ -375,6 +387,70 @@ def test_what_hangs_on_the_open_file_ends_with_it(file: Path) -> None:
         other.result()
         with open(file, "rb") as again:
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_interrupted_in_the_middle(file: Path) -> None:
+    """An exception after the kernel's part of a close or a resize puts no window back."""
+    memory = writing(file)
+    with pytest.raises(KeyboardInterrupt), dropin._plain(memory._window):
+        mmap.mmap.close(memory)
+        raise KeyboardInterrupt
+    memory.close()
+    assert memory.closed
+    memory = writing(file)
+    with pytest.raises(KeyboardInterrupt), dropin._plain(memory._window):
+        mmap.mmap.resize(memory, 2 * SIZE)
+        raise KeyboardInterrupt
+    memory[2 * SIZE - 1] = 7
+    assert len(memory) == 2 * SIZE
+    memory.close()
+    assert file.read_bytes()[-1] == 7
+
+
+def test_garbage_looks_into_it_to_the_end(file: Path) -> None:
+    """As with ``mmap.mmap``: a finalizer of the same garbage can still look."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.memory = writing(file)
+            self.view, self.look = memoryview(self.memory), self.store
+
+        def store(self) -> None:
+            self.view[0] = 5
+
+        def __del__(self) -> None:
+            self.store()
+            self.view.release()
+
+    def work() -> None:
+        for _ in range(10):
+            Holder()
+            gc.collect()
+        assert counters(file, RDWR).attachments == 0
+
+    abi.Child(work).result()
+
+
+@pytest.mark.parametrize("ask", ["file", "mapping"])
+def test_watchers_are_not_told(file: Path, ask: str) -> None:
+    """Who waits for a writer to be done with a file (inotify) does not take this for it."""
+    libc = ctypes.CDLL(None)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    fd = os.open(file, RDWR)
+    address = abi.mmap(fd, SIZE, RW, abi.SHARED)
+    assert libc.inotify_add_watch(watch, os.fsencode(file), 0xFFF) >= 0
+    region = open_file(fd, RDWR) if ask == "file" else open_mapping(address)
+    window = abi.mmap(region)
+    abi.put(window, b"stored")
+    abi.munmap(window)
+    os.close(region)
+    with pytest.raises(BlockingIOError):
+        os.read(watch, 4096)
+    os.close(fd)
+    abi.munmap(address, SIZE)
+    # the mapping was its last user
+    assert os.read(watch, 4096)
+    os.close(watch)
 
 
 def test_an_overlay_that_copies_up(disk: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import struct
 from functools import partial
 from pathlib import Path
 
@@ -14,24 +13,19 @@ import pytest
 from mshare.engines.msharefs import info
 from tests.kernel import abi
 from tests.kernel.abi import ANONYMOUS, PAGE, PRIVATE, READ, RW, SHARED
-from tests.kernel.test_dropin import F_SEAL_FUTURE_WRITE, open_file, refused
+from tests.kernel.test_dropin import (
+    F_SEAL_FUTURE_WRITE,
+    OPEN_MAPPING,
+    open_file,
+    open_mapping,
+    refused,
+)
 from tests.kernel.test_lifetime import nothing_left
 from tests.kernel.test_run import SHM_RDONLY, SHMAT, SHMDT, attaches, segment
 
 SIZE = 16 << 20
-OPEN_MAPPING = 0x40107805
 RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
 REMAP_FILE_PAGES = 216
-
-
-def open_mapping(address: int, access: int = RDWR, reserved: int = 0) -> int:
-    """OPEN_MAPPING."""
-    control = os.open(f"{abi.MOUNT}/mshare_info", RDONLY)
-    try:
-        request = bytearray(struct.pack("=QII", address, access, reserved))
-        return int(fcntl.ioctl(control, OPEN_MAPPING, request))
-    finally:
-        os.close(control)
 
 
 def seen_through(region: int, address: int, prot: int = RW) -> None:

@@ -97,6 +97,7 @@ def test_threads_notice_nothing_of_the_change_back(program: str) -> None:
     with nothing_left():
         said = good(run(program, "threads", "5"))
     assert said.count("no longer shared") == 5 * 9
+    assert said.count("no longer shared: 2 MiB of memory: madvise of a part\n") == 5
 
 
 def test_threads_signals_and_forks(program: str) -> None:
@@ -328,8 +329,119 @@ os.close(fd)
 assert abi.get(early, 5) == b"early"
 """)
     )
-    assert "no longer shared: 16 MiB of memory: KVM or userfaultfd\n" in said
-    assert "not shared: 16 MiB of anonymous memory: the program uses KVM or userfaultfd\n" in said
+    assert "no longer shared: 16 MiB of memory: KVM, userfaultfd or a device\n" in said
+    not_shared = (
+        "not shared: 16 MiB of anonymous memory: the program uses KVM, userfaultfd or a device"
+    )
+    assert f"{not_shared}\n" in said
+
+
+def test_mapping_behind_a_window() -> None:
+    """A program that takes away all it finds in its maps takes nothing from the window."""
+    good(
+        python("""
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+size = 16 << 20
+at = libc.mmap(None, ctypes.c_size_t(size), 3, 0x21, -1, 0)
+ctypes.memset(at, 7, size)
+with open("/proc/self/maps") as maps:
+    lines = [line.split() for line in maps]
+found = [[int(number, 16) for number in line[0].split("-")] for line in lines if line[1][3] == "s"]
+behind = [start for start, end in found if end - start == 1 << 30 and start != at]
+assert len(behind) == 1
+assert libc.munmap(ctypes.c_void_p(behind[0]), ctypes.c_size_t(1 << 30)) == 0
+assert ctypes.string_at(at + size - 1, 1) == b"\\7"
+new = libc.mmap(ctypes.c_void_p(behind[0]), ctypes.c_size_t(1 << 30), 3, 0x4032, -1, 0)
+assert new == behind[0]
+assert libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(size)) == 0
+assert ctypes.string_at(new, 1) == b"\\0"
+""")
+    )
+
+
+FORKS = """
+#include <pthread.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static void map(void)
+{
+	char *memory = mmap(NULL, 16 << 20, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	memset(memory, 1, 4096);
+	munmap(memory, 16 << 20);
+}
+__attribute__((constructor)) static void early(void) { pthread_atfork(map, map, map); }
+int library(void) { return 0; }
+"""
+
+
+def test_fork_handlers_of_others_map(tmp_path: Path) -> None:
+    """Those of a library that is there before: in the middle of a fork, and none waits for ever."""
+    (tmp_path / "library.c").write_text(FORKS)
+    main = "int library(void), fork(void), wait(int *);\n"
+    main += "int main(void) { int s = 1; library(); if (!fork()) return 0; wait(&s); return s; }\n"
+    (tmp_path / "main.c").write_text(main)
+    library, binary = str(tmp_path / "library.so"), str(tmp_path / "main")
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", library, str(tmp_path / "library.c")], check=True
+    )
+    subprocess.run(["cc", "-w", "-o", binary, str(tmp_path / "main.c"), library], check=True)
+    with nothing_left():
+        assert ": shared: 16 MiB of anonymous memory\n" in good(run(binary))
+
+
+def test_reader_of_its_messages_is_gone(program: str) -> None:
+    """The program never wrote to standard error; it does not die of what the library has to say."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    start = [sys.executable, "-c", "from mshare.cli import run; run()", "run", "--verbose"]
+    command = [*start, "--min-size", "1M", "--", program, "threads", "1"]
+    done = subprocess.run(command, stderr=writing, check=False, timeout=300, stdout=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, b"1 rounds\n")
+
+
+def test_far_longer_than_the_file(tmp_path: Path) -> None:
+    """A window would have page tables for all of the length at once."""
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    said = good(
+        python(
+            """
+file = open(sys.argv[1], "r+b")
+at = abi.mmap(file.fileno(), 1 << 40, 3, 1)
+abi.put(at, b"here")
+assert file.read(4) == b"here"
+""",
+            str(tmp_path / "file"),
+        )
+    )
+    assert "not shared: 1048576 MiB of a file: much longer than the file\n" in said
+
+
+def test_sync_by_a_window_for_reading(disk: str) -> None:
+    """What others wrote reaches the disk by msync() of a mapping that only reads."""
+    path = f"{disk}/content"
+    Path(path).write_bytes(bytes(SIZE))
+    os.sync()
+    said = good(
+        python(
+            """
+file = os.open(sys.argv[1], os.O_RDWR)
+at = abi.mmap(file, 16 << 20, 1, 1)
+assert abi.get(at, 1) == b"\\0"
+dirty = lambda: abi.meminfo("Dirty") + abi.meminfo("Writeback")
+os.pwrite(file, b"x" * (8 << 20), 0)
+before = dirty()
+assert before >= 8 << 20
+assert ctypes.CDLL(None).msync(ctypes.c_void_p(at), ctypes.c_size_t(16 << 20), 4) == 0
+assert dirty() <= before - (7 << 20)
+""",
+            path,
+        )
+    )
+    assert ": shared: 16 MiB of a file\n" in said
 
 
 def test_more_mappings_than_it_keeps() -> None:

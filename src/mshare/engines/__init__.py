@@ -104,7 +104,9 @@ def open_region(name: str, engine: str | None, *, readonly: bool) -> tuple[Engin
         except FileNotFoundError as error:
             if error.filename == name:
                 raise
-        except PermissionError:
+        except PermissionError as error:
+            if error.filename == name:
+                raise
             message = f"no permission to {'read' if readonly else 'read and write'} the region"
             with suppress(OSError):
                 message += f" (mode {candidate.stat(name).mode:04o})"

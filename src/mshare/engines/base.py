@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple, SupportsIndex
 from mshare import mapping
 from mshare.engines.files import READ, READ_WRITE
 from mshare.errors import RUN_OUT, invalid, unsupported
+from mshare.names import check_name
 from mshare.sizes import MAX_SIZE, PAGE_SIZE
 
 DEFAULT_MODE = 0o600
@@ -225,7 +226,8 @@ class Engine(ABC):
         :raises PermissionError: its mode bits forbid this user the access.
         """
         try:
-            return os.open(f"{self.directory()}/{name}", READ if readonly else READ_WRITE)
+            flags = READ if readonly else READ_WRITE
+            return os.open(f"{self.directory()}/{name}", flags | os.O_NOFOLLOW)
         except FileNotFoundError:
             return self._open_missing(name, readonly=readonly)
 
@@ -303,7 +305,8 @@ class Engine(ABC):
                 raise
             return
         for name in names:
-            if not name.startswith("."):
+            with suppress(ValueError):
+                check_name(name)
                 with suppress(FileNotFoundError):
                     yield self.stat(name)
 
@@ -361,6 +364,7 @@ class Engine(ABC):
             with suppress(FileExistsError):
                 os.mkdir(directory, 0o700)
                 os.chmod(directory, 0o1777)
+            self._finish(directory)
             yield directory
         except FileExistsError:
             raise exists(name) from None
@@ -370,6 +374,13 @@ class Engine(ABC):
                 if not check.works:
                     raise OSError(errno.ENODEV, check.advice, name) from None
             raise OSError(error.errno, error.strerror, name) from None
+
+    def _finish(self, directory: str) -> None:
+        """Open to everybody a folder of ours whose maker was stopped before it could."""
+        info = os.stat(directory)
+        ours = not self.chosen and info.st_uid == os.geteuid()
+        if ours and st.S_IMODE(info.st_mode) == 0o700:
+            os.chmod(directory, 0o1777)
 
     def _parent(self) -> str:
         """The directory, or where it would be made."""

@@ -20,7 +20,7 @@ def mounted(device: int) -> tuple[str, str]:
     """
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
-        with open("/proc/self/mountinfo") as mounts:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
             for line in mounts:
                 if line.split()[2] == number:
                     kind, *_, options = line.rpartition(" - ")[2].split()

@@ -133,7 +133,7 @@ _MOUNT = f"mkdir -p {MOUNT_POINT} && mount -t hugetlbfs -o mode=1777 hugetlbfs {
 def _mounts() -> list[str]:
     """Mount points of hugetlbfs whose pages fit a GiB several times, smallest pages first."""
     found = []
-    with open("/proc/self/mounts") as file:
+    with open("/proc/self/mounts", errors="surrogateescape") as file:
         for line in file:
             if " hugetlbfs " in line:
                 point = _unescaped(line.split()[1])

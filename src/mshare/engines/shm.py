@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from mshare import mapping, memory
 from mshare.engines.base import Check, Engine, Stat
-from mshare.engines.files import check_content, mounted, open_content
+from mshare.engines.files import READ, READ_WRITE, check_content, mounted, open_content
 from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
@@ -93,6 +93,30 @@ class Shm(Engine):
             os.close(fd)
             raise
         return fd, readonly
+
+    def open(self, name: str, *, readonly: bool) -> int:
+        try:
+            return super().open(name, readonly=readonly)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        link = os.open(f"{self.directory()}/{name}", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            maker, target = os.fstat(link).st_uid, os.readlink("", dir_fd=link)
+        finally:
+            os.close(link)
+        try:
+            fd = os.open(target, READ if readonly else READ_WRITE)
+        except FileNotFoundError:
+            return self._open_missing(name, readonly=readonly)
+        if readonly or maker in (0, os.geteuid(), os.fstat(fd).st_uid):
+            return fd
+        os.close(fd)
+        raise PermissionError(
+            errno.EACCES,
+            f"user {maker}, who may not write there, leads this name to {target}",
+            name,
+        )
 
     def _open_missing(self, name: str, *, readonly: bool) -> int:
         path = f"{self.directory()}/{name}"
