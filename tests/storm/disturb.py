@@ -10,6 +10,7 @@ import mmap
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,12 +46,22 @@ def _write(path: Path, text: str) -> None:
 
 
 def reclaim(rng: random.Random) -> None:
-    """Some of what the workers were charged for; often so much that pages in use go too."""
+    """Some of what the workers were charged for; often so much that pages in use go too.
+
+    Where each page takes long, no more than goes in some seconds: one call may not look as a hang.
+    """
+    global _mib_per_turn
     group = rng.choice([WORKERS, TIGHT])
-    amount = rng.choice([rng.randint(1, 32), 32])
+    amount = min(rng.choice([rng.randint(1, 32), 32]), _mib_per_turn)
+    start = time.monotonic()
     _write(group / "memory.reclaim", str(amount * MIB))
+    took = time.monotonic() - start
+    _mib_per_turn = max(1, min(32, int(amount * 10 / took) if took > 1 else 2 * amount))
     if rng.random() < 0.1:
         _write(Path("/proc/sys/vm/drop_caches"), "1")
+
+
+_mib_per_turn = 32
 
 
 def swap(_rng: random.Random) -> None:
