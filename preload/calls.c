@@ -130,27 +130,11 @@ EXPORT int pkey_mprotect(void *address, size_t length, int prot, int key)
 	return syscall(SYS_pkey_mprotect, address, length, prot, key);
 }
 
-/*
- * Make a call on the program's own mapping; once more if another thread has taken
- * that away meanwhile. Without it, on what is there, no longer in a window.
- */
-static int on_plain(long call, void *address, size_t length, long argument, bool all,
-		    const char *why)
-{
-	void *plain;
-	int result;
-
-	do {
-		plain = mshare_plain(address, length, all);
-		if (!plain && !mshare_revert(address, length, why))
-			return -1;
-		result = syscall(call, plain ? plain : address, length, argument);
-	} while (plain && mshare_plain(address, length, all) != plain);
-	return result;
-}
-
 EXPORT int madvise(void *address, size_t length, int advice)
 {
+	bool all = false;
+	int result;
+
 	if (!mshare_touches(address, length))
 		return syscall(SYS_madvise, address, length, advice);
 	switch (advice) {
@@ -160,19 +144,21 @@ EXPORT int madvise(void *address, size_t length, int advice)
 	case MADV_POPULATE_READ:
 	case MADV_POPULATE_WRITE:
 		return syscall(SYS_madvise, address, length, advice);
-	case MADV_WILLNEED:
-	case MADV_REMOVE:
-		/* about the file */
-		return on_plain(SYS_madvise, address, length, advice, false, "madvise");
 	case MADV_NORMAL:
 	case MADV_RANDOM:
 	case MADV_SEQUENTIAL:
 	case MADV_DONTDUMP:
 	case MADV_DODUMP:
-		/* about the mapping, which a part of it would cut in two */
-		return on_plain(SYS_madvise, address, length, advice, true, "madvise of a part");
+		/* about the mapping, which this would cut in two where it is of a part */
+		all = true;
+		/* fall through */
+	case MADV_WILLNEED:
+	case MADV_REMOVE:
+		/* about the file */
+		if (mshare_on_plain(SYS_madvise, address, length, advice, all, &result))
+			return result;
 	}
-	if (!mshare_revert(address, length, "madvise"))
+	if (!mshare_revert(address, length, all ? "madvise of a part" : "madvise"))
 		return -1;
 	return syscall(SYS_madvise, address, length, advice);
 }
@@ -191,20 +177,33 @@ EXPORT int posix_madvise(void *address, size_t length, int advice)
 /* In memory is what is in the file's page cache, which a window does not look at. */
 EXPORT int mincore(void *address, size_t length, unsigned char *in_memory)
 {
-	if (!mshare_touches(address, length))
-		return syscall(SYS_mincore, address, length, in_memory);
-	return on_plain(SYS_mincore, address, length, (long)in_memory, false, "mincore");
+	int result;
+
+	if (mshare_touches(address, length) &&
+	    mshare_on_plain(SYS_mincore, address, length, (long)in_memory, false, &result))
+		return result;
+	return syscall(SYS_mincore, address, length, in_memory);
 }
 
 /*
  * A window for reading writes nothing, and an error of the disk is told once for each
- * open file: the program's own has its own. (No point of cancellation, as glibc's is.)
+ * open file: the program's own has its own. Once more if another thread has moved that
+ * meanwhile. (No point of cancellation, as glibc's is.)
  */
 EXPORT int msync(void *address, size_t length, int flags)
 {
+	void *plain;
+	int result;
+
 	if (!mshare_touches(address, length))
 		return syscall(SYS_msync, address, length, flags);
-	return on_plain(SYS_msync, address, length, flags, false, "msync");
+	do {
+		plain = mshare_plain(address, length);
+		if (!plain && !mshare_revert(address, length, "msync"))
+			return -1;
+		result = syscall(SYS_msync, plain ? plain : address, length, flags);
+	} while (plain && mshare_plain(address, length) != plain);
+	return result;
 }
 
 EXPORT int mlock(const void *address, size_t length)
@@ -265,6 +264,8 @@ static bool watches(unsigned int request)
 		return _IOC_SIZE(request);
 	case 'd':	/* a DRM driver's own */
 		return _IOC_NR(request) >= 0x40;
+	case 'F':	/* NVIDIA's own */
+		return _IOC_NR(request) >= 200;
 	case 0x1b:	/* RDMA */
 		return true;
 	}
@@ -323,5 +324,9 @@ EXPORT void *shmat(int id, const void *address, int flags)
 /* The kernel takes a munmap() of all of a segment as a detach. */
 EXPORT int shmdt(const void *address)
 {
-	return mshare_unmap(address, 0) ? 0 : syscall(SYS_shmdt, address);
+	if (mshare_unmap(address, 0))
+		return 0;
+	if (!mshare_revert(address, 1, "shmdt"))
+		return -1;
+	return syscall(SYS_shmdt, address);
 }

@@ -313,40 +313,64 @@ bool mshare_touches(const void *address, size_t length)
 	return find(NULL, address, length);
 }
 
-void *mshare_plain(const void *address, size_t length, bool all)
+/* The lock is held. The plain counterpart of a range within one window, or 0. */
+static uintptr_t counterpart(const void *address, size_t length)
 {
-	uintptr_t at = (uintptr_t)address, plain = 0;
-	struct window *win;
-	size_t into, whole;
+	uintptr_t at = (uintptr_t)address, into;
+	struct window *win = find(NULL, address, length);
+
+	if (!win || at < win->start)
+		return 0;
+	into = at - win->start;
+	return into <= win->length && length <= win->length - into ? win->plain + into : 0;
+}
+
+void *mshare_plain(const void *address, size_t length)
+{
+	uintptr_t plain;
 	sigset_t old;
 
-	if (!mshare_touches(address, length))
-		return NULL;
 	lock(&old);
-	win = find(NULL, address, length);
-	if (win && at >= win->start) {
-		into = at - win->start;
-		whole = round_up(length, PAGE);
-		if (into <= win->length && whole >= length && whole <= win->length - into &&
-		    (!all || whole == win->length))
-			plain = win->plain + into;
-	}
+	plain = counterpart(address, length);
 	unlock(&old);
 	return (void *)plain;
 }
 
+bool mshare_on_plain(long call, const void *address, size_t length, long argument, bool all,
+		     int *result)
+{
+	struct window *win;
+	uintptr_t plain;
+	sigset_t old;
+
+	lock(&old);
+	win = find(NULL, address, length);
+	plain = counterpart(address, length);
+	if (plain && all) {
+		/* also of what the program did not map, so that it stays in one piece */
+		if (round_up(length, PAGE) == win->length)
+			length = win->end - win->start;
+		else
+			plain = 0;
+	}
+	if (plain)
+		*result = syscall(call, plain, length, argument);
+	unlock(&old);
+	return plain;
+}
+
 /*
- * One call, in which the kernel takes the window away and makes one more of the plain
- * mapping in its place, under one lock: other threads that look there wait. (That is
- * what an old size of 0 does. A move would need the plain mapping in one piece.)
+ * One call, in which the kernel takes the window away and moves the plain mapping
+ * to its place, under one lock: other threads that look there wait. That takes a
+ * plain mapping in one piece; see above.
  */
 static bool revert(struct window *win, const char *why)
 {
-	uintptr_t start = win->start, rest = start + win->length, plain = win->plain;
+	uintptr_t start = win->start, rest = start + win->length;
 	size_t size = win->end - start;
 	int saved = errno, failed;
 
-	if (syscall(SYS_mremap, plain, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, start) < 0) {
+	if (syscall(SYS_mremap, win->plain, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, start) < 0) {
 		failed = errno;
 		/* no memory: the window may have gone by then, and the address is anybody's */
 		if (syscall(SYS_msync, start, PAGE, MS_ASYNC) < 0)
@@ -355,7 +379,6 @@ static bool revert(struct window *win, const char *why)
 		return false;
 	}
 	win->start = 0;
-	syscall(SYS_munmap, plain, size);
 	/* what the program did not map; if there are too many mappings to cut it off it stays */
 	if (rest != start + size)
 		syscall(SYS_munmap, rest, start + size - rest);

@@ -38,11 +38,15 @@ bool mshare_touches(const void *address, size_t length);
 bool mshare_revert(const void *address, size_t length, const char *why);
 
 /*
- * Where the range is in the program's own mapping, if it lies in one window as a
- * whole, or with all if it is all of one. NULL: it does not. Another thread may
- * take the mapping away.
+ * Make madvise() or mincore() on the same place in the program's own mapping, if
+ * the range lies in one window as a whole, or with all if it is all of one. False:
+ * it does not. Sets errno as the call.
  */
-void *mshare_plain(const void *address, size_t length, bool all);
+bool mshare_on_plain(long call, const void *address, size_t length, long argument, bool all,
+		     int *result);
+
+/* Where that place is, for a call that takes long. Another thread may unmap it. */
+void *mshare_plain(const void *address, size_t length);
 
 /*
  * Unmap the window that starts there, and the program's own mapping with it. With a

@@ -263,10 +263,21 @@ def _first(array: Any) -> float:
     return float(np.asarray(array)[0])
 
 
+class Sent:
+    """Is pickled as what was pickled before."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple[Callable[[bytes], object], tuple[bytes]]:
+        return pickle.loads, (self.data,)
+
+
 def test_pool_is_told_what_is_gone() -> None:
     """A share that nobody holds is gone when the worker looks: an error, and no silence."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        answer: Any = pool.apply_async(_first, (mshare.share(np.arange(5.0)),))
+        gone = Sent(pickle.dumps(mshare.share(np.arange(5.0))))
+        answer: Any = pool.apply_async(_first, (gone,))
         with pytest.raises(FileNotFoundError):
             answer.get(60)
         kept = mshare.share(np.arange(5.0))

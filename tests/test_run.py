@@ -15,7 +15,7 @@ import pytest
 
 from mshare import preload
 from mshare.cli import main
-from tests.conftest import NOBODY
+from tests.conftest import NOBODY, skip
 
 Capture = pytest.CaptureFixture[str]
 COMMAND = [sys.executable, "-c", "from mshare.cli import run; run()", "run"]
@@ -30,6 +30,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_needs_no_new_c_library(cache: Path) -> None:
     """A program may come with an older one than this machine's, where a newer version is fatal."""
+    if not shutil.which("objdump"):
+        skip("needs objdump (binutils)")
     said = subprocess.run(
         ["objdump", "-T", preload.build()], check=True, capture_output=True, text=True
     ).stdout

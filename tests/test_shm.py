@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -97,21 +98,29 @@ def test_link_of_another_user(root: None, name: str, tmp_path: Path) -> None:
         memoryview(region)[0] = 1
     link = f"{SHM.directory()}/{name}"
     os.lchown(link, NOBODY, NOBODY)
-    with pytest.raises(PermissionError, match=f"user {NOBODY}, who may not write there") as caught:
+    with pytest.raises(PermissionError, match=f"user {NOBODY}, who may not open it so") as caught:
         mshare.attach(name)
     assert caught.value.filename == name
     assert (tmp_path / "mine").read_bytes()[0] == 1
+    mshare.attach(name, readonly=True).close()
+    (tmp_path / "mine").chmod(0o600)
+    with pytest.raises(PermissionError, match=f"user {NOBODY}, who may not open it so"):
+        mshare.attach(name, readonly=True)
     os.chown(tmp_path / "mine", NOBODY, NOBODY)
     mshare.attach(name).close()
 
 
-def test_folder_that_was_not_opened_to_all(
+def test_maker_of_the_folder_is_stopped(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its maker may have been stopped in between; whoever owns it makes up for that."""
+    """Wherever it is stopped, the folder is for everybody or is not there."""
     folder = tmp_path / "mshare"
-    folder.mkdir(0o700)
     monkeypatch.setattr(Shm, "directory", lambda self: str(folder))
+    for call in ("chmod", "rename"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, call, Mock(side_effect=KeyboardInterrupt))
+            mshare.create(name, 4096, engine="shm")
+        assert not folder.exists()
     mshare.create(name, 4096, engine="shm").close()
     assert folder.stat().st_mode & 0o7777 == 0o1777
     mshare.unlink(name, engine="shm")

@@ -77,22 +77,21 @@ _usable = _layout_is_known()
 
 
 class _End:
-    """Takes a window away when it goes itself; the object's own mapping is put back before."""
+    """Takes a window away when it goes itself. Nobody looks through it by then."""
 
-    def __init__(self, window: _Window) -> None:
-        self._state = dict(vars(window))
+    def __init__(self, address: int, length: int, region: int) -> None:
+        self._where, self._region = (address, length), region
 
     def __del__(self, munmap: Any = mapping.munmap, close: Any = os.close) -> None:
-        state = self._state
-        if "_inside" in state:
-            if state["_fields"].data == state["_inside"]:
-                state["_fields"].data = state["_plain"]
-            munmap(state["_address"], state["_length"])
-        close(state["region"])
+        if self._where[0]:
+            munmap(*self._where)
+        close(self._region)
 
 
 class _Window:
     """A window onto the region of a file, for one mmap object, which looks through it or not."""
+
+    _address = 0
 
     def __init__(self, memory: python.mmap, region: int, prot: int, offset: int) -> None:
         """From the file's ``offset`` on; the open ``region`` then belongs to this object."""
@@ -107,7 +106,7 @@ class _Window:
 
     def __del__(self, last: Any = _End) -> None:
         # in two steps, as mapping._memory_type: other finalizers of the same garbage may look in
-        self._end = last(self)
+        self._end = last(self._address, self._length, self.region)
 
     def enter(self) -> None:
         """Let the object look through the window, unless it was closed or resized meanwhile."""
@@ -183,6 +182,12 @@ class mmap(python.mmap):  # noqa: N801
     def shared(self) -> bool:
         """Whether the page tables are shared; if not, this is plain ``mmap.mmap``."""
         return self._window is not None
+
+    def __del__(self) -> None:
+        # what is unmapped next, by the object itself, has to be its own mapping
+        window = getattr(self, "_window", None)
+        if window:
+            window.leave()
 
     def close(self) -> None:
         """As ``mmap.mmap.close``. :raises BufferError: there are views of it."""

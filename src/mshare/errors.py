@@ -63,7 +63,7 @@ class Gone:
         self.__dict__["_error"] = error
 
     def _raise(self, *_: object, **__: object) -> NoReturn:
-        raise self._error
+        raise self._error.with_traceback(None)
 
     __getattr__ = __setattr__ = __enter__ = __exit__ = __buffer__ = __array__ = _raise
     __getitem__ = __setitem__ = __len__ = __iter__ = __bool__ = __float__ = __int__ = _raise

@@ -41,7 +41,7 @@ class Region(Exporter):
     Made by :func:`create` and :func:`attach`. Everything that looks into the memory
     (memoryviews, NumPy arrays) keeps it mapped; closing or losing this object never pulls it
     from under them. Leaving ``with`` closes and never unlinks. Pickling keeps name, engine and
-    options; unpickling attaches again.
+    options; unpickling attaches again, and what can't be attached raises why when it is used.
     """
 
     _fd = -1

@@ -43,7 +43,7 @@ def create(
         window to a virtual machine. Counts against RLIMIT_MEMLOCK. Not with ``backing``.
     :param fill: called with the region before it has its name, so that nobody sees it half
         filled. If it fails, or its process dies, there is no region. Others of this user who
-        create the name meanwhile wait for it.
+        create the name meanwhile wait for it. With ``address`` it must keep no view.
     :raises FileExistsError: the name is taken.
     :raises OSError: ENOSPC when the memory is not there, now rather than later; EOPNOTSUPP where
         the engine can't lock, or a file is to be locked.

@@ -56,7 +56,7 @@ def reclaim(rng: random.Random) -> None:
     start = time.monotonic()
     _write(group / "memory.reclaim", str(amount * MIB))
     took = time.monotonic() - start
-    _mib_per_turn = max(1, min(32, int(amount * 10 / took) if took > 1 else 2 * amount))
+    _mib_per_turn = min(32, max(1, int(amount * 10 / took)) if took > 1 else 2 * _mib_per_turn)
     if rng.random() < 0.1:
         _write(Path("/proc/sys/vm/drop_caches"), "1")
 

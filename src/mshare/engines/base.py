@@ -361,10 +361,8 @@ class Engine(ABC):
         """
         try:
             directory = self.directory()
-            with suppress(FileExistsError):
-                os.mkdir(directory, 0o700)
-                os.chmod(directory, 0o1777)
-            self._finish(directory)
+            if not os.path.lexists(directory):
+                _make_folder(directory)
             yield directory
         except FileExistsError:
             raise exists(name) from None
@@ -374,13 +372,6 @@ class Engine(ABC):
                 if not check.works:
                     raise OSError(errno.ENODEV, check.advice, name) from None
             raise OSError(error.errno, error.strerror, name) from None
-
-    def _finish(self, directory: str) -> None:
-        """Open to everybody a folder of ours whose maker was stopped before it could."""
-        info = os.stat(directory)
-        ours = not self.chosen and info.st_uid == os.geteuid()
-        if ours and st.S_IMODE(info.st_mode) == 0o700:
-            os.chmod(directory, 0o1777)
 
     def _parent(self) -> str:
         """The directory, or where it would be made."""
@@ -398,6 +389,20 @@ class Engine(ABC):
             cure = f"install -d -m 1777 {self.directory()}"
             return Check(False, f"no permission to write {parent}", cure)
         return None
+
+
+def _make_folder(directory: str) -> None:
+    """For everybody, from the moment that it is there: its maker may be stopped at any time."""
+    spare = f"{directory}.{os.getpid()}"
+    with suppress(FileExistsError):
+        os.mkdir(spare, 0o700)
+    os.chmod(spare, 0o1777)
+    try:
+        os.rename(spare, directory)
+    except OSError:
+        os.rmdir(spare)
+        if not os.path.isdir(directory):
+            raise
 
 
 _END = 2 * MAX_SIZE

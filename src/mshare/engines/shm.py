@@ -100,23 +100,30 @@ class Shm(Engine):
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-        link = os.open(f"{self.directory()}/{name}", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return self._follow(name, READ if readonly else READ_WRITE)
+        except FileNotFoundError:
+            return self._open_missing(name, readonly=readonly)
+
+    def _follow(self, name: str, flags: int) -> int:
+        """Open the file of a region over one: not one that its maker could not have opened so."""
+        directory = self.directory()
+        link = os.open(f"{directory}/{name}", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             maker, target = os.fstat(link).st_uid, os.readlink("", dir_fd=link)
         finally:
             os.close(link)
+        look = os.open(os.path.join(directory, target), os.O_PATH | os.O_CLOEXEC)
         try:
-            fd = os.open(target, READ if readonly else READ_WRITE)
-        except FileNotFoundError:
-            return self._open_missing(name, readonly=readonly)
-        if readonly or maker in (0, os.geteuid(), os.fstat(fd).st_uid):
-            return fd
-        os.close(fd)
-        raise PermissionError(
-            errno.EACCES,
-            f"user {maker}, who may not write there, leads this name to {target}",
-            name,
-        )
+            info = os.fstat(look)
+            trusted = maker in (0, os.geteuid(), info.st_uid)
+            trusted = trusted or (flags == READ and bool(info.st_mode & st.S_IROTH))
+            if not trusted or not st.S_ISREG(info.st_mode):
+                message = f"user {maker}, who may not open it so, leads this name to {target}"
+                raise PermissionError(errno.EACCES, message, name)
+            return os.open(f"/proc/self/fd/{look}", flags)
+        finally:
+            os.close(look)
 
     def _open_missing(self, name: str, *, readonly: bool) -> int:
         path = f"{self.directory()}/{name}"
