@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mshare.calls import mshare as mshare
 from mshare.calls import mshare_unlink
 from mshare.dropin import ACCESS_COPY, ACCESS_DEFAULT, ACCESS_READ, ACCESS_WRITE, mmap
-from mshare.engines.base import Stat
+from mshare.engines.answers import Stat
 from mshare.errors import InvalidValue
 from mshare.region import Region
 from mshare.regions import attach, create, stat, unlink

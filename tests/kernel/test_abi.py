@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import resource
 import signal
 import socket
 import stat
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from mshare.engines.msharefs import info
+from tests.conftest import NOBODY
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SLOT, WRITE
 
@@ -188,6 +191,38 @@ def test_windows_are_whole_slots(region: int) -> None:
     ):
         refused(errno.EINVAL, abi.mmap, region, **words)
     assert info(region).attachments == 0
+
+
+def test_windows_that_the_kernel_refuses(region: int, path: str) -> None:
+    """What mmap(2) gives before it asks the module, and an unprivileged user's limits."""
+    assert abi.code_of(abi.mmap, os.open(path, os.O_PATH)) == errno.EBADF
+    past = (1 << 63) - SLOT
+    assert abi.code_of(abi.mmap, region, SLOT, RW, abi.SHARED, 0, past) == errno.EOVERFLOW
+    locked, fixed = abi.SHARED | 0x2000, abi.SHARED | abi.FIXED
+
+    def limited(limit: int) -> list[int]:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+        os.setuid(NOBODY)
+        codes = [abi.code_of(abi.mmap, region, SLOT, RW, flags) for flags in (locked, fixed)]
+        if limit:
+            abi.mlockall(2)
+            codes.append(abi.code_of(abi.mmap, region))
+        return codes
+
+    assert abi.Child(limited, 0).result() == [errno.EPERM, errno.EPERM]
+    assert abi.Child(limited, 1 << 20).result() == [errno.EAGAIN, errno.EPERM, errno.EAGAIN]
+
+
+def test_sealed_since_it_was_mapped(region: int) -> None:
+    """A part is mapped anew, as whoever maps the file now; a whole is not."""
+    file = os.memfd_create("content", os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, 16 * PAGE)
+    abi.create_mapping(region, 0, 16 * PAGE, flags=abi.SHARED | abi.FIXED, fd=file)
+    abi.protect(region, 0, 16 * PAGE, READ)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, 0x10)  # F_SEAL_FUTURE_WRITE
+    assert abi.code_of(abi.protect, region, 0, PAGE, RW) == errno.EPERM
+    assert abi.code_of(abi.protect, region, 0, 16 * PAGE, RW) == errno.EACCES
+    os.close(file)
 
 
 def test_refused_window_takes_nothing(region: int) -> None:

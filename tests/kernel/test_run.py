@@ -339,6 +339,30 @@ assert abi.get(early, 5) == b"early"
     assert f"{not_shared}\n" in said
 
 
+@pytest.mark.parametrize("call", [0xC0186451, 0xC0404B20, 0xC00846D2, 0xC0181B01])
+def test_devices_with_page_tables_of_their_own(call: int) -> None:
+    """Such a call takes all windows away, whatever device it is made on; one of a terminal not."""
+    said = good(
+        python(
+            """
+import fcntl
+memory = mmap.mmap(-1, 1 << 24)
+for number in (0x4B33, 0x5413, int(sys.argv[1])):
+    assert memory.write(b"x") == 1
+    print("before", hex(number), file=sys.stderr, flush=True)
+    try:
+        fcntl.ioctl(os.open("/dev/null", os.O_RDWR), number, bytearray(256))
+    except OSError:
+        pass
+""",
+            str(call),
+        )
+    )
+    before, after = said.split(f"before {call:#x}\n")
+    assert "no longer shared" not in before
+    assert "no longer shared: 16 MiB of memory: KVM, userfaultfd or a device\n" in after
+
+
 def test_mapping_behind_a_window() -> None:
     """A program that takes away all it finds in its maps takes nothing from the window."""
     good(

@@ -9,7 +9,8 @@ import errno
 import os
 from contextlib import suppress
 
-from mshare.engines.base import Check, Engine, Stat
+from mshare.engines.answers import Check, Stat
+from mshare.engines.base import Engine
 from mshare.engines.hugetlb import Hugetlb
 from mshare.engines.msharefs import Msharefs
 from mshare.engines.shm import Shm

@@ -15,49 +15,16 @@ import stat as st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import ClassVar, NamedTuple, SupportsIndex
+from typing import ClassVar, SupportsIndex
 
 from mshare import mapping
+from mshare.engines.answers import Check, Stat
 from mshare.engines.files import READ, READ_WRITE
 from mshare.errors import RUN_OUT, invalid, unsupported
 from mshare.names import check_name
 from mshare.sizes import MAX_SIZE, PAGE_SIZE
 
 DEFAULT_MODE = 0o600
-
-
-class Stat(NamedTuple):
-    """A region as its engine shows it.
-
-    ``size`` and ``resident`` (memory it holds now, None where the engine can't tell) are
-    bytes; ``created`` is seconds since the epoch; ``backing`` is the file it maps, or None.
-    ``broken`` says what is wrong with a region that can't be attached.
-    """
-
-    name: str
-    engine: str
-    size: int
-    resident: int | None
-    mode: int
-    uid: int
-    gid: int
-    created: float
-    backing: str | None = None
-    broken: str | None = None
-
-
-class Check(NamedTuple):
-    """Whether an engine works here: ``why`` in a sentence, ``cure`` the command that changes it."""
-
-    works: bool
-    why: str
-    cure: str | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def advice(self) -> str:
-        """``why``, and the cure if there is one."""
-        return f"{self.why}; as root: {self.cure}" if self.cure else self.why
 
 
 class Engine(ABC):

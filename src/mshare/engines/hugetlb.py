@@ -17,7 +17,8 @@ import re
 from contextlib import suppress
 from typing import ClassVar
 
-from mshare.engines.base import Check, Engine
+from mshare.engines.answers import Check
+from mshare.engines.base import Engine
 from mshare.engines.files import mounted
 from mshare.memory import meminfo
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE, human, round_up

@@ -16,7 +16,8 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from mshare import mapping
-from mshare.engines.base import Check, Engine, Stat
+from mshare.engines.answers import Check, Stat
+from mshare.engines.base import Engine
 from mshare.engines.files import check_content, open_content
 from mshare.errors import no_locked_file
 from mshare.memory import meminfo

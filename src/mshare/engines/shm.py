@@ -14,7 +14,8 @@ from contextlib import suppress
 from typing import ClassVar
 
 from mshare import mapping, memory
-from mshare.engines.base import Check, Engine, Stat
+from mshare.engines.answers import Check, Stat
+from mshare.engines.base import Engine
 from mshare.engines.files import READ, READ_WRITE, check_content, mounted, open_content
 from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
