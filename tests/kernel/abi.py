@@ -54,6 +54,8 @@ _Usage = ctypes.c_long * 18
 _libc.getrusage.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_long)]
 _MINFLT = 8
 """Where ru_minflt is in struct rusage, seen as longs."""
+_KPF_THP = 22
+"""The bit of /proc/kpageflags for a part of a huge page."""
 
 
 def _check(result: int) -> int:
@@ -220,6 +222,17 @@ def frames(address: int, size: int) -> list[int]:
         words = struct.unpack(f"{size // PAGE}Q", file.read(size // PAGE * 8))
     assert all(word >> 63 for word in words)
     return [word & (1 << 55) - 1 for word in words]
+
+
+def huge(address: int) -> bool:
+    """Is a huge page behind an address? Touches it, for /proc/kpageflags to be asked."""
+    touch(address, 1)
+    with open("/proc/self/pagemap", "rb") as pages, open("/proc/kpageflags", "rb") as flags:
+        (word,) = struct.unpack("Q", os.pread(pages.fileno(), 8, address // PAGE * 8))
+        frame = word & (1 << 55) - 1
+        (flag,) = struct.unpack("Q", os.pread(flags.fileno(), 8, frame * 8))
+    # khugepaged may have taken the entry away since
+    return bool(word >> 63 and flag >> _KPF_THP & 1)
 
 
 def page_tables(pid: int | str = "self") -> int:
