@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mshare.engines.msharefs import info
+from tests.conftest import skip
 from tests.kernel import abi
 from tests.kernel.test_lifetime import module_users, nothing_left
 
@@ -148,22 +149,29 @@ class Workers:
             os.close(fd)
 
     @contextmanager
-    def starved(self, cache: str) -> Iterator[None]:
-        """Every allocation from a slab cache fails, for every worker, during the block."""
+    def starved(self, cache: str | None) -> Iterator[None]:
+        """Every allocation from a slab cache, or from any, fails for every worker in the block."""
         self._find()
-        knobs, mark = Path(KNOBS) / "failslab", Path(f"/sys/kernel/slab/{cache}/failslab")
-        settings = {"cache-filter": "Y", "task-filter": "Y", "times": "-1", "probability": "100"}
+        knobs = Path(KNOBS) / "failslab"
+        settings = {"task-filter": "Y", "times": "-1", "probability": "100"}
+        mark = Path(f"/sys/kernel/slab/{cache}/failslab")
+        if cache:
+            settings = {"cache-filter": "Y"} | settings
+            if not mark.stat().st_mode & 0o200:
+                skip("this kernel marks no slab cache once it is booted")
         try:
             for pid in self._fds:
                 Path(f"/proc/{pid}/make-it-fail").write_text("1")
-            mark.write_text("1")
+            if cache:
+                mark.write_text("1")
             for name, value in settings.items():
                 (knobs / name).write_text(value)
             yield
         finally:
             for name in reversed(settings):
                 (knobs / name).write_text("0")
-            mark.write_text("0")
+            if cache:
+                mark.write_text("0")
             for pid in self._fds:
                 with suppress(OSError):
                     Path(f"/proc/{pid}/make-it-fail").write_text("0")
