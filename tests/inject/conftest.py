@@ -38,7 +38,11 @@ def tmpfs(tmp_path: os.PathLike[str]) -> Iterator[str]:
     folder = os.fspath(tmp_path)
     inject.mount("tmpfs", folder)
     yield folder
-    inject.umount(folder)
+    try:
+        inject.umount(folder)
+    except OSError:
+        inject.umount(folder, inject.MNT_DETACH)  # what comes after must not stumble over it
+        raise
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

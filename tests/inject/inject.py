@@ -25,6 +25,7 @@ from tests.kernel import abi
 from tests.kernel.test_lifetime import module_users, nothing_left
 
 KNOBS = "/sys/kernel/debug"
+MNT_DETACH = 2
 MOST = 2000
 """More allocations than a call makes that is walked to its end."""
 TIMES = int(os.environ.get("MSHARE_INJECT_TIMES", "20"))
@@ -56,9 +57,9 @@ def mount(kind: str, folder: str, options: str = "") -> None:
         raise OSError(code, os.strerror(code), folder)
 
 
-def umount(folder: str) -> None:
-    """umount(2)."""
-    if _libc.umount2(folder.encode(), 0):
+def umount(folder: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    if _libc.umount2(folder.encode(), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), folder)
 
