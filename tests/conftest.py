@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,22 @@ def _huge_pages() -> Iterator[None]:
             with suppress(OSError):
                 stack.enter_context(hugepages.reserved(HUGE_BYTES, lambda text: None))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """Ctrl-C works in the programs of the tests, also where a shell ran these in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def started(*args: Any, **kwargs: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A program, as :class:`subprocess.Popen` has it; it does not outlive a test that fails."""
+    with subprocess.Popen(*args, **kwargs) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -21,11 +20,9 @@ import mshare
 from mshare import watch
 from mshare.cli import main
 from mshare.watch import Program, Region, Snapshot
-from tests.conftest import NOBODY, SubPython
+from tests.conftest import NOBODY, SubPython, started
 
 Capture = pytest.CaptureFixture[str]
-AS_IN_FRONT = ["env", "--default-signal=INT"]
-"""Whoever runs the tests in the background has it ignored."""
 EXPORT = [sys.executable, "-c", "import mshare.cli; mshare.cli.run()", "export"]
 
 
@@ -89,15 +86,7 @@ def test_textfile(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_serve(end: signal.Signals) -> None:
     """Each request reads anew, on this machine alone; a signal ends it and frees the port."""
-    with (
-        subprocess.Popen(
-            [*AS_IN_FRONT, *EXPORT, "--port", "0"],
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as server,
-        ExitStack() as stack,
-    ):
-        stack.callback(server.kill)
+    with started([*EXPORT, "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
         line = server.stderr.readline()
         found = re.fullmatch(r"serving (http://127\.0\.0\.1:(\d+)/metrics)\n", line)

@@ -19,7 +19,7 @@ from mshare.lab import EXIT_LAB, EXIT_REPORT, EXIT_TIMEOUT, Options, command_lin
 from mshare.lab.build import build_module
 from mshare.lab.packages import SERIES
 from mshare.lab.qemu import BINARY
-from tests.conftest import skip
+from tests.conftest import skip, started
 
 KBUILD = "obj-m := mshare.o\n"
 MODULE = """\
@@ -235,8 +235,8 @@ def test_killed_lab_leaves_nothing(
     """Whatever ends the lab ends the machine."""
     lab_command = [sys.executable, "-m", "mshare.lab"]
     arguments = ["--accel", "tcg", "--no-module", "--disk", "64M", "--", "sh", "-c"]
-    with subprocess.Popen(
-        ["env", "--default-signal=INT", *lab_command, *arguments, "echo up; sleep 1000"],
+    with started(
+        [*lab_command, *arguments, "echo up; sleep 1000"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     ) as process:

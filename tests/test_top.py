@@ -25,6 +25,7 @@ from mshare.cli import main
 from mshare.cli.output import console
 from mshare.cli.top import _frame
 from mshare.watch import Program, Rates, Region, Snapshot
+from tests.conftest import started
 
 Capture = pytest.CaptureFixture[str]
 TOP = [sys.executable, "-c", "import mshare.cli; mshare.cli.run()", "top", "--interval", "0.1"]
@@ -135,7 +136,7 @@ def test_once(name: str, capsys: Capture) -> None:
 def test_into_a_pipe(json_too: bool) -> None:
     """A frame or a line for each interval, without control characters; Ctrl-C ends it: 130."""
     command = [*TOP, "--json"] if json_too else TOP
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as top:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as top:
         assert top.stdout
         if json_too:
             for _ in range(3):
@@ -178,7 +179,7 @@ def test_on_a_terminal(terminal: tuple[int, int], end: bytes | signal.Signals, c
 
     lead = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
     command = [TOP[0], "-c", f"{lead}; {TOP[2]}", *TOP[3:]]
-    with subprocess.Popen(
+    with started(
         command,
         stdin=theirs,
         stdout=theirs,

@@ -215,24 +215,30 @@ def touch(address: int, size: int, step: int = 0, count: int = 1) -> int:
     return after[_MINFLT] - before[_MINFLT]
 
 
-def frames(address: int, size: int) -> list[int]:
-    """The page frames behind a range that was touched, from /proc/self/pagemap."""
+def entries(address: int, size: int) -> list[int | None]:
+    """The page frames behind a range, from /proc/self/pagemap; None where no page is mapped."""
     with open("/proc/self/pagemap", "rb") as file:
         file.seek(address // PAGE * 8)
         words = struct.unpack(f"{size // PAGE}Q", file.read(size // PAGE * 8))
-    assert all(word >> 63 for word in words)
-    return [word & (1 << 55) - 1 for word in words]
+    return [word & (1 << 55) - 1 if word >> 63 else None for word in words]
+
+
+def frames(address: int, size: int) -> list[int]:
+    """The page frames behind a range that was touched."""
+    found = [frame for frame in entries(address, size) if frame is not None]
+    assert len(found) == size // PAGE
+    return found
 
 
 def huge(address: int) -> bool:
     """Is a huge page behind an address? Touches it, for /proc/kpageflags to be asked."""
     touch(address, 1)
-    with open("/proc/self/pagemap", "rb") as pages, open("/proc/kpageflags", "rb") as flags:
-        (word,) = struct.unpack("Q", os.pread(pages.fileno(), 8, address // PAGE * 8))
-        frame = word & (1 << 55) - 1
-        (flag,) = struct.unpack("Q", os.pread(flags.fileno(), 8, frame * 8))
-    # khugepaged may have taken the entry away since
-    return bool(word >> 63 and flag >> _KPF_THP & 1)
+    (frame,) = entries(address, PAGE)
+    if frame is None:  # khugepaged has taken it away since
+        return False
+    with open("/proc/kpageflags", "rb") as file:
+        (flags,) = struct.unpack("Q", os.pread(file.fileno(), 8, frame * 8))
+    return bool(flags >> _KPF_THP & 1)
 
 
 def page_tables(pid: int | str = "self") -> int:
