@@ -275,7 +275,7 @@ def test_fork(wide: int, changing: bool) -> None:
         abi.protect(wide, SLOT // 2, SLOT // 2, RW)
 
     with meanwhile(*[turn] * changing):
-        check(Caller, fork, undo, after, until=250)
+        check(Caller, fork, undo, after, until=120)
     assert seen["whole"] > 0
     assert seen["dead"] > 0
     abi.munmap(ro)
