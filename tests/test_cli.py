@@ -19,9 +19,13 @@ from mshare import engines, module
 from mshare.cli import COMMANDS, main
 from tests.conftest import NOBODY
 
-BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
 COMMAND = [sys.executable, "-c", "import mshare.cli; mshare.cli.run()"]
 Capture = pytest.CaptureFixture[str]
+
+
+def buffered() -> dict[str, str]:
+    """The environment as it is now, with output that is written when there is enough."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
 
 
 def test_help_has_an_example(capsys: Capture) -> None:
@@ -274,7 +278,7 @@ def test_output_to_a_closed_pipe(name: str, arguments: str) -> None:
         stdout=writing,
         stderr=subprocess.PIPE,
         check=False,
-        env=BUFFERED,
+        env=buffered(),
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, b"")
@@ -288,7 +292,7 @@ def test_output_that_has_no_room(name: str) -> None:
             stdout=full,
             stderr=subprocess.PIPE,
             check=False,
-            env=BUFFERED,
+            env=buffered(),
         )
     message = "'standard output': all is done, but can't be told: No space left on device"
     assert (result.returncode, result.stderr.decode()) == (1, f"mshare create: {message}\n")
