@@ -52,7 +52,8 @@ def test_numa_balancing_leaves_windows_alone(region: int) -> None:
         abi.fill(address, TOUCHED)
     before, scanned = info(region).ungrafts, scans()
     done = threading.Event()
-    other = threading.Thread(target=done.wait)  # of one thread alone it leaves the pages alone
+    # of one thread alone it leaves the pages alone
+    other = threading.Thread(target=done.wait, daemon=True)
     other.start()
     with numa_balancing():
         end = time.monotonic() + 60
