@@ -48,20 +48,16 @@ def _write(path: Path, text: str) -> None:
 def reclaim(rng: random.Random) -> None:
     """Some of what the workers were charged for; often so much that pages in use go too.
 
-    Where each page takes long, no more than goes in some seconds: one call may not look as a hang.
+    MiB by MiB for some seconds: where each page takes long, one call for all may look as a hang.
     """
-    global _mib_per_turn
     group = rng.choice([WORKERS, TIGHT])
-    amount = min(rng.choice([rng.randint(1, 32), 32]), _mib_per_turn)
-    start = time.monotonic()
-    _write(group / "memory.reclaim", str(amount * MIB))
-    took = time.monotonic() - start
-    _mib_per_turn = min(32, max(1, int(amount * 10 / took)) if took > 1 else 2 * _mib_per_turn)
+    end = time.monotonic() + 5
+    for _ in range(rng.choice([rng.randint(1, 32), 32])):
+        _write(group / "memory.reclaim", str(MIB))
+        if time.monotonic() > end:
+            break
     if rng.random() < 0.1:
         _write(Path("/proc/sys/vm/drop_caches"), "1")
-
-
-_mib_per_turn = 32
 
 
 def swap(_rng: random.Random) -> None:
