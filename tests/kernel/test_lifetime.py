@@ -85,7 +85,7 @@ def nothing_left(objects: int = 0) -> Iterator[None]:
 
     if objects:
         limit = objects // 5
-        assert abi.settle(most_grown, limit) <= limit, str(grown)
+        assert abi.settle(most_grown, limit, 60) <= limit, str(grown)
     slab.close()
 
 
