@@ -6,12 +6,12 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SLOT
+from tests.kernel.test_lifetime import Slab
 
 MIB = 1 << 20
 NORESERVE = 0x4000
@@ -20,13 +20,10 @@ AHEAD = 64 * PAGE * (os.cpu_count() or 1)
 
 
 def taken() -> int:
-    """Memory the kernel has for itself and its page tables.
-
-    What is free goes before: KASAN keeps it back, and names of files, which are no user's, with it.
-    """
-    for cache in Path("/sys/kernel/slab").iterdir():
-        if not cache.is_symlink():
-            (cache / "shrink").write_text("1")
+    """Memory the kernel has for itself and its page tables, and uses."""
+    slab = Slab()
+    slab.shrink()
+    slab.close()
     return abi.meminfo("Slab") + abi.meminfo("PageTables") + abi.meminfo("Percpu")
 
 

@@ -28,27 +28,30 @@ def module_users() -> int:
     return int(Path("/sys/module/mshare/refcnt").read_text())
 
 
-def slab_lines() -> dict[str, int]:
-    """Live objects of each slab cache that regions and processes use, by its name."""
-    kinds = ("kmalloc", "mm_struct", "vm_area_struct", "inode_cache", "shmem_inode_cache")
-    lines = map(str.split, Path("/proc/slabinfo").read_text().splitlines()[2:])
-    return {words[0]: int(words[1]) for words in lines if words[0].startswith(kinds)}
-
-
 class Slab:
-    """Counts objects in slab caches without their spares, which it has given back first.
+    """Counts what slab caches hold without what is free or of no use, which is given back first.
 
-    The files for that stay open: opening one costs the kernel an object that it frees late.
+    That is done to all caches: for each slab of one that is charged to memory cgroups the kernel
+    keeps a list in another, and KASAN keeps back what is free. The files for it stay open: opening
+    one costs the kernel an object that it frees late.
     """
 
     def __init__(self) -> None:
-        names = [f"/sys/kernel/slab/{name}/shrink" for name in slab_lines()]
-        self._files = [os.open(name, os.O_WRONLY) for name in names]
+        caches = [cache for cache in Path("/sys/kernel/slab").iterdir() if not cache.is_symlink()]
+        self._files = [os.open(cache / "shrink", os.O_WRONLY) for cache in caches]
 
-    def count(self) -> dict[str, int]:
+    def shrink(self) -> None:
+        """Give back names and inodes that nobody uses, and what is free."""
+        Path("/proc/sys/vm/drop_caches").write_text("2")
         for file in self._files:
             os.pwrite(file, b"1", 0)
-        return slab_lines()
+
+    def count(self) -> dict[str, int]:
+        """Live objects of each cache that regions and processes use, by its name."""
+        self.shrink()
+        kinds = ("kmalloc", "mm_struct", "vm_area_struct", "inode_cache", "shmem_inode_cache")
+        lines = map(str.split, Path("/proc/slabinfo").read_text().splitlines()[2:])
+        return {words[0]: int(words[1]) for words in lines if words[0].startswith(kinds)}
 
     def close(self) -> None:
         for file in self._files:
