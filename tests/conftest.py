@@ -21,6 +21,9 @@ NOBODY = 65534
 HUGE_BYTES = 2 * SLOT_SIZE
 """Huge pages the tests may use, in bytes."""
 
+LAB = os.path.exists("/sys/fs/mshare/mshare_info")
+"""Whether the kernel module is here: then its engine is the one to test."""
+
 SubPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -40,9 +43,9 @@ def root() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _huge_pages() -> Iterator[None]:
-    """As root, the huge pages the tests need; they are given back at the end."""
+    """As root, the huge pages the tests of hugetlb need; in the lab there are none of those."""
     with ExitStack() as stack:
-        if not os.geteuid():
+        if not os.geteuid() and not LAB:
             with suppress(OSError):
                 stack.enter_context(hugepages.reserved(HUGE_BYTES, lambda text: None))
         yield
@@ -67,10 +70,6 @@ def started(*args: Any, **kwargs: Any) -> Iterator[subprocess.Popen[Any]]:
 @pytest.fixture(scope="session", autouse=True)
 def _no_engine_chosen() -> None:
     os.environ.pop("MSHARE_ENGINE", None)
-
-
-LAB = os.path.exists("/sys/fs/mshare/mshare_info")
-"""Whether the kernel module is here: then its engine is the one to test."""
 
 
 @pytest.fixture(params=["msharefs"] if LAB else ["hugetlb", "shm"])

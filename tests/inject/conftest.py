@@ -22,11 +22,6 @@ if not (os.path.isdir(f"{inject.KNOBS}/failslab") and os.path.exists(f"{abi.MOUN
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _huge_pages() -> None:
-    """None here: they would take most of the lab's memory."""
-
-
-@pytest.fixture(scope="session", autouse=True)
 def _every_allocation() -> None:
     """All kinds of allocation count."""
     inject.every_allocation()

@@ -15,11 +15,6 @@ if not os.path.exists(f"{abi.MOUNT}/mshare_info"):
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _huge_pages() -> None:
-    """None here: they would take most of the lab's memory."""
-
-
 @pytest.fixture
 def path() -> Iterator[str]:
     """A path in msharefs that nobody uses; gone after the test."""
