@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from mshare.advice import Target
 from mshare.cli import main
 from mshare.engines import Engine
 from mshare.processes import Occupied, Process, Shared
-from mshare.sizes import PAGE_SIZE, SLOT_SIZE
+from mshare.sizes import HUGE_PAGE, PAGE_SIZE, SLOT_SIZE
 from tests.conftest import NOBODY, SubPython, skip
 from tests.measured import measured
 
@@ -363,12 +364,27 @@ def test_processes_that_vanish(tmp_path: Path, shm: str, monkeypatch: pytest.Mon
         def progress(text: str, done: int, total: int) -> None:
             if text == "reading page maps" and not killed:
                 os.kill(victim, signal.SIGKILL)
+                while processes.process(victim):  # it dies after kill has returned
+                    time.sleep(0.01)
                 killed.append(victim)
 
         found = {each.kind: each for each in advice.scan(PAGE_SIZE, progress).targets}
         assert killed
         assert victim not in found["memfd"].pids
         assert pid in found["memfd"].pids
+
+
+def test_one_that_ends_while_it_is_looked_at() -> None:
+    """Its page map, open already, has no entries: it does not count as one with no pages."""
+    code = f"{_MAP}memory = mmap.mmap(-1, {SIZE})\nready(os.getpid())"
+    with holding(code) as (pid,), open(f"/proc/{pid}/pagemap", "rb") as pagemap:
+        mapping = largest(pid)
+        assert len(processes._pages(pagemap.fileno(), mapping, [mapping.start // HUGE_PAGE])) == 1
+        os.kill(pid, signal.SIGKILL)
+        while processes.process(pid):
+            time.sleep(0.01)
+        with pytest.raises(ProcessLookupError):
+            processes._pages(pagemap.fileno(), mapping, [mapping.start // HUGE_PAGE])
 
 
 def test_progress(tmp_path: Path, shm: str) -> None:

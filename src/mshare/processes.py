@@ -171,7 +171,9 @@ def _pages(pagemap: int, mapping: Shared, blocks: list[int]) -> npt.NDArray[np.i
             low = max(mapping.start, block * HUGE_PAGE)
             high = min(mapping.end, (block + 1) * HUGE_PAGE)
             room = entries[row, : (high - low) // PAGE_SIZE]
-            os.preadv(pagemap, [room.data], low // PAGE_SIZE * _ENTRY)
+            # a process that has ended since pagemap was opened reads as nothing
+            if not os.preadv(pagemap, [room.data], low // PAGE_SIZE * _ENTRY):
+                raise ProcessLookupError
         pages[done : done + len(batch)] = (entries < 0).sum(axis=1)
     return pages
 
