@@ -10,7 +10,7 @@ LAB_TESTS := tests/kernel tests/test_contract.py tests/test_calls.py tests/test_
 # in these, processors have to do things at the same time
 RACES := $(addprefix tests/kernel/,test_memory.py test_protect.py test_races.py test_readonly.py \
 	test_tlb.py)
-KERNEL_LAB = tools/in-lab $* --memory 3G --disk 2G --swap 512M --hugepages 8 --timeout 3600
+KERNEL_LAB = tools/in-lab $* --memory 3G --disk 2G --swap 512M --hugepages 8 --timeout 7200
 DURATION := 3m
 STEPS := 100000
 CALLS := 1000000
@@ -113,7 +113,7 @@ lab-kernel-%:
 test-debug: $(DETECTORS:%=test-on-%)
 
 test-on-%: setup lab-kernel-%
-	tools/in-lab $* --memory 5G --disk 2G --swap 512M --hugepages 8 --timeout 7200 \
+	tools/in-lab $* --memory 5G --disk 2G --swap 512M --hugepages 8 --timeout 20000 \
 		$(LAB) -- \
 		$(BIN)/pytest -p no:cacheprovider tests/kernel tests/inject
 

@@ -68,8 +68,10 @@ def started(*args: Any, **kwargs: Any) -> Iterator[subprocess.Popen[Any]]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_engine_chosen() -> None:
-    os.environ.pop("MSHARE_ENGINE", None)
+def _environment() -> None:
+    """No engine is chosen, and rich does not take a pipe for a terminal."""
+    for name in ("MSHARE_ENGINE", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(params=["msharefs"] if LAB else ["hugetlb", "shm"])

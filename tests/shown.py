@@ -94,7 +94,7 @@ def run(page: Path, where: str, folder: Path) -> None:
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=120,
+                timeout=600,
             )
             assert result.returncode == 0, (command, result.stdout, result.stderr)
             if output is not None:

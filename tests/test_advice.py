@@ -145,7 +145,8 @@ ready(f"{{os.getpid()}} {{int(pagetables.process() - before)}}")
     with holding(code, shm) as (pid, grown):
         (found,) = processes.occupied(pid, [largest(pid)])
         assert grown >= 2048 * PAGE_SIZE
-        assert abs(found.tables - grown) <= 0.2 * grown
+        deviation = 0.06 * grown  # half of 256 blocks
+        assert abs(found.tables - grown) <= 6 * deviation
         (found,) = processes.occupied(pid, [largest(pid)], samples=4096)
         assert abs(found.tables - grown) <= 3 * PAGE_SIZE
 
@@ -381,8 +382,7 @@ def test_one_that_ends_while_it_is_looked_at() -> None:
         mapping = largest(pid)
         assert len(processes._pages(pagemap.fileno(), mapping, [mapping.start // HUGE_PAGE])) == 1
         os.kill(pid, signal.SIGKILL)
-        while processes.process(pid):
-            time.sleep(0.01)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(ProcessLookupError):
             processes._pages(pagemap.fileno(), mapping, [mapping.start // HUGE_PAGE])
 

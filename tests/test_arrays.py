@@ -75,6 +75,7 @@ def test_slices_are_the_same_memory(engine: Engine) -> None:
 
 def test_results_leave_the_region(engine: Engine) -> None:
     """What is computed is a plain number or array, which does not keep the region."""
+    gc.collect()
     before = names()
     shared = mshare.share(np.arange(1000.0).reshape(10, 100), engine=engine.name)
     number = shared.sum()
@@ -108,6 +109,7 @@ def test_every_view_keeps_the_region(engine: Engine) -> None:
         (record, lambda a: a[1]),
         (np.array(5.5), lambda a: a[...]),
     ):
+        gc.collect()
         before = names()
         shared = mshare.share(array, engine=engine.name)
         view = look(shared)
@@ -133,6 +135,7 @@ def test_sent_for_reading(engine: Engine) -> None:
 
 def test_name_goes_with_the_last_array(engine: Engine) -> None:
     """A region without a name of the caller's is gone with the arrays over it here."""
+    gc.collect()
     before = names()
     shared = mshare.share(np.arange(10), engine=engine.name)
     part, data = shared[3:], pickle.dumps(shared)

@@ -210,4 +210,4 @@ def test_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_answer", killing)
     with pytest.raises(OSError, match="died by signal 9"):
         bench.run(ArrayContent(1 << 20), ["shm"], processes=2)
-    assert not any(region.name.startswith("bench-") for region in mshare.list())
+    assert not any(region.name.startswith(f"bench-{os.getpid()}-") for region in mshare.list())

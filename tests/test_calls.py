@@ -111,6 +111,25 @@ def test_exclusive(name: str, addr: int, size: int) -> None:
     assert caught.value.errno == errno.EEXIST
 
 
+def test_another_user_makes_it_meanwhile(
+    name: str, addr: int, size: int, monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    """O_CREAT without O_EXCL takes what is there by the time the own content is copied."""
+    anonymous(addr, 4096)
+
+    def copy_in(*arguments: Any) -> None:
+        os.close(engine.create(name, size, 0o600))
+
+    monkeypatch.setattr(calls, "_copy_in", copy_in)
+    with pytest.raises(FileExistsError):
+        mshare.mshare(name, addr, size, RW_CREATE | os.O_EXCL)
+    mshare.unlink(name)
+    assert mshare.mshare(name, addr, size, RW_CREATE) == addr
+    put(addr, b"theirs")
+    with mshare.attach(name) as region:
+        assert bytes(memoryview(region)[:6]) == b"theirs"
+
+
 def test_no_creat(name: str, addr: int, size: int) -> None:
     """Without O_CREAT a name nobody has is ENOENT."""
     with pytest.raises(FileNotFoundError) as caught:

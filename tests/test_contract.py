@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
 import pickle
@@ -496,6 +497,7 @@ def test_failed_creation_leaves_nothing(
     engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error on the way leaves no name, no memory and no descriptor."""
+    gc.collect()
     reserving = ["posix_fallocate"] if engine.reserves else []
     for call in ("ftruncate", *reserving, "fchmod", "link", "fstat"):
         descriptors = len(os.listdir("/proc/self/fd"))

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -211,7 +212,7 @@ def start(dataset: Dataset, folder: Path, python: SubPython, how: str) -> Any:
     """Set it up in a process of its own, which is then killed or goes without a farewell."""
     import pickle
 
-    path = folder / "dataset"
+    path = folder / f"dataset-{uuid.uuid4().hex}"
     path.write_bytes(pickle.dumps(dataset))
     return python(CHILD, path, how, Path(__file__).parent.parent)
 

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,16 +32,29 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
 
 
+@contextmanager
+def nothing_left(page: Path) -> Iterator[None]:
+    """No region of a name that the page mentions is left but those that were there before."""
+    before = set(shown.named(page))
+    try:
+        yield
+        assert set(shown.named(page)) <= before
+    finally:
+        for name in set(shown.named(page)) - before:
+            mshare.unlink(name)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_runs(page: Path, tmp_path: Path) -> None:
     """The blocks of a page, in order, are a program that ends well."""
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
     command = [sys.executable, "-W", "error", str(script)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
+    with nothing_left(page):
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -53,12 +68,8 @@ def test_commands_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", shown.pages(""), ids=lambda page: page.name)
 def test_shell_runs(page: Path, tmp_path: Path) -> None:
     """The commands of a page, in order, end well, print what is shown, and leave no region."""
-    try:
+    with nothing_left(page):
         shown.run(page, "", tmp_path)
-        assert not shown.named(page)
-    finally:
-        for name in shown.named(page):
-            mshare.unlink(name)
 
 
 def test_every_block_says_whether_it_runs() -> None:

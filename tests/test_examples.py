@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -34,6 +35,7 @@ def names() -> list[str]:
 @pytest.mark.parametrize("example", RUN)
 def test_example(example: str) -> None:
     """It ends well, warns of nothing, and leaves no region."""
+    gc.collect()
     before = names()
     source = os.path.dirname(os.path.dirname(mshare.__file__))
     result = subprocess.run(

@@ -108,7 +108,8 @@ def listening(port: int) -> set[str]:
     """The addresses, as the kernel writes them, on which someone listens on a port."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     rows = [line.split() for line in lines]
-    return {row[1].split(":")[0] for row in rows if row[1].endswith(f":{port:04X}")}
+    listeners = [row[1].split(":") for row in rows if row[3] == "0A"]
+    return {address for address, number in listeners if int(number, 16) == port}
 
 
 def test_port_in_use(capsys: Capture) -> None:

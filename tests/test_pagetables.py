@@ -82,6 +82,14 @@ def test_no_such_process() -> None:
         pagetables.mapping_at(0)
 
 
+def test_process_that_ends_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of it may be a part: it is gone."""
+    monkeypatch.setattr(pagetables, "process", lambda pid: 0)
+    for read in (pagetables.mappings, pagetables.own):
+        with pytest.raises(ProcessLookupError):
+            read(os.getpid())
+
+
 def test_another_users_process(as_nobody: SubPython) -> None:
     """Sizes of another user's process are open to all, what it maps is not."""
     code = """

@@ -7,7 +7,10 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -126,6 +129,77 @@ def test_maker_of_the_folder_is_stopped(
     mshare.unlink(name, engine="shm")
 
 
+def test_many_makers_of_the_folder(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first regions, made at once, are in one folder, and nothing is left beside it."""
+    together = Barrier(4)
+
+    def make(which: int) -> None:
+        together.wait()
+        mshare.create(f"{name}-{which}", 4096, engine="shm").close()
+
+    for number in range(50):
+        folder = tmp_path / f"{number}"
+        monkeypatch.setattr(SHM, "chosen", str(folder))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(make, range(4)))
+        assert len(list(folder.iterdir())) == 4
+        assert len(list(tmp_path.iterdir())) == number + 1
+
+
+def test_folder_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another maker's empty folder takes the place of the first one's, before a region is in it."""
+    folder = tmp_path / "mshare"
+    monkeypatch.setattr(SHM, "chosen", str(folder))
+    real = os.link
+
+    def link(*arguments: Any, **options: Any) -> None:
+        monkeypatch.setattr(os, "link", real)
+        (tmp_path / "another").mkdir()
+        (tmp_path / "another").rename(folder)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(os, "link", link)
+    mshare.create(name, 4096, engine="shm").close()
+    assert os.link is real
+    assert [each.name for each in folder.iterdir()] == [name]
+
+
+def test_made_anew_while_it_is_listed(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A name that led to a file a moment ago, and is memory now, is listed as that."""
+    (tmp_path / "file").write_bytes(bytes(4096))
+    mshare.create(name, backing=tmp_path / "file", engine="shm").close()
+    real = os.readlink
+
+    def readlink(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(os, "readlink", real)
+        mshare.unlink(name)
+        mshare.create(name, 8192, engine="shm").close()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    (found,) = (each for each in mshare.list("shm") if each.name == name)
+    assert (found.size, found.backing) == (8192, None)
+
+
+def test_memory_is_taken_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal can only undo the last few MiB of what was allocated."""
+    pieces: list[tuple[int, int]] = []
+    real = os.posix_fallocate
+
+    def fallocate(fd: int, start: int, size: int) -> None:
+        pieces.append((start, size))
+        real(fd, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    mshare.create(name, "10M", engine="shm").close()
+    assert pieces == [(0, 4 << 20), (4 << 20, 4 << 20), (8 << 20, 2 << 20)]
+    assert mshare.stat(name).resident == 10 << 20
+
+
 def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its file system the engine says what to do."""
     monkeypatch.setattr(SHM, "chosen", "/nowhere/at/all")
@@ -207,8 +281,9 @@ def test_folder_of_somebody_else(
     assert any("chown root:root" in note for note in SHM.check().notes)
 
 
-def test_folder_is_everybodys() -> None:
+def test_folder_is_everybodys(name: str) -> None:
     """Any user can make regions, and only owners remove them."""
+    mshare.create(name, 4096, engine="shm").close()
     assert os.stat(SHM.directory()).st_mode & 0o7777 == 0o1777
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from contextlib import suppress
 
 from mshare import engines, mapping
 from mshare.engines import Engine
@@ -54,7 +55,8 @@ def _share(name: str, addr: int, length: int, oflag: int, mode: int, readonly: b
         if oflag & os.O_CREAT:
             with creating(name):
                 if not engines.holder(name):
-                    return _create(name, addr, length, mode, readonly)
+                    with suppress(FileExistsError):  # the lock does not keep other users out
+                        return _create(name, addr, length, mode, readonly)
             if oflag & os.O_EXCL:
                 raise exists(name)
         try:

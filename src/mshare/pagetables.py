@@ -88,7 +88,7 @@ def mappings(pid: int | None = None) -> list[Mapping]:
                 )
             )
 
-    for line in _lines(path, pid):
+    for line in _smaps(path, pid):
         key, _, value = line.partition(":")
         if key in ("Size", "Rss", "Shared_Hugetlb", "Private_Hugetlb"):
             number = int(value.split()[0]) * _KB
@@ -116,7 +116,7 @@ def own(pid: int | None = None) -> Figure:
     """
     path = f"/proc/{pid or 'self'}/smaps"
     total, private = 0, False
-    for line in _lines(path, pid):
+    for line in _smaps(path, pid):
         key, _, value = line.partition(":")
         if key in ("Private_Clean", "Private_Dirty"):
             total += private * int(value.split()[0]) * _KB
@@ -171,11 +171,23 @@ def _fault_counts() -> tuple[int, int]:
     return usage.ru_minflt, usage.ru_majflt
 
 
+def _smaps(path: str, pid: int | None) -> list[str]:
+    """All of it: a process that ends while it is read has the rest left out."""
+    lines = _lines(path, pid)
+    if pid and lines and not process(pid):
+        raise _gone(pid)
+    return lines
+
+
 def _lines(path: str, pid: int | None) -> list[str]:
     try:
         with open(path, errors="surrogateescape", newline="\n") as file:
             return file.readlines()
     except (FileNotFoundError, ProcessLookupError):
-        import errno
+        raise _gone(pid) from None
 
-        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), pid) from None
+
+def _gone(pid: int | None) -> ProcessLookupError:
+    import errno
+
+    return ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), pid)

@@ -337,21 +337,36 @@ static void *user(void *number)
 	return NULL;
 }
 
+static long now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec * 1000000 + time.tv_nsec / 1000;
+}
+
+/* One signal for each child, at any moment of its life, however long that takes here. Those of an
+ * interval could follow each other faster than they are handled.
+ */
 static void storm(int seconds)
 {
-	struct itimerval often = { { 0, 20000 }, { 0, 20000 } };
+	struct itimerval once = { 0 };
 	struct sigaction action = { .sa_handler = on_alarm, .sa_flags = SA_RESTART };
-	time_t end = time(NULL) + seconds;
+	long start = now(), end = start + seconds * 1000000L, last = 1000, delay;
 	unsigned int seed = 99;
 	pthread_t ids[2];
 	int status, forks = 0;
 	pid_t pid;
 
 	sigaction(SIGALRM, &action, NULL);
-	setitimer(ITIMER_REAL, &often, NULL);
 	for (long i = 0; i < 2; i++)
 		pthread_create(&ids[i], NULL, user, (void *)i);
-	for (; time(NULL) < end; forks++) {
+	/* on a slow machine until enough of each has happened */
+	for (; start < end || maps < 50 || alarms < 6 || forks < 3; forks++) {
+		delay = 1 + rand_r(&seed) % last;
+		once.it_value.tv_sec = delay / 1000000;
+		once.it_value.tv_usec = delay % 1000000;
+		setitimer(ITIMER_REAL, &once, NULL);
 		pid = fork();
 		if (!pid) {
 			use(&seed);
@@ -363,11 +378,13 @@ static void storm(int seconds)
 			fprintf(stderr, "a child ended with %x\n", status);
 			exit(1);
 		}
+		last = now() - start;
+		start += last;
 	}
 	stop = 1;
 	for (int i = 0; i < 2; i++)
 		pthread_join(ids[i], NULL);
-	setitimer(ITIMER_REAL, &(struct itimerval){ { 0, 0 }, { 0, 0 } }, NULL);
+	setitimer(ITIMER_REAL, &(struct itimerval){ 0 }, NULL);
 	printf("%ld mappings, %ld signals, %d children\n", maps, alarms, forks);
 }
 

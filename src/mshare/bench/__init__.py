@@ -111,7 +111,7 @@ def _row(name: str, size: int, runs: list[list[Cost]]) -> Row:
 @contextmanager
 def _region(content: Content, engine: str) -> Iterator[str]:
     """A region of ``engine`` with the content, gone afterwards."""
-    name = f"bench-{os.getpid()}-{engine}"
+    name = f"bench-{os.getpid()}-{os.urandom(4).hex()}-{engine}"
     region = mshare.create(name, content.size, engine=engine)
     try:
         with region:

@@ -115,17 +115,27 @@ class Engine(ABC):
         try:
             fill(fd)
             os.fchmod(fd, mode)
+            self._link(fd, directory, name)
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._named(name, fd)
+
+    def _link(self, fd: int, directory: str, name: str) -> None:
+        for attempt in range(10):
             parent = os.open(directory, os.O_PATH | os.O_CLOEXEC)
             try:
                 os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
             except FileExistsError:
                 raise exists(name) from None
+            except FileNotFoundError:
+                # another maker of the folder put its own in the place of this empty one
+                if attempt == 9:
+                    raise
+            else:
+                return
             finally:
                 os.close(parent)
-        except BaseException:
-            os.close(fd)
-            raise
-        return self._named(name, fd)
 
     def _named(self, name: str, fd: int) -> int:
         """A descriptor of the new region ``fd`` for which ``/proc`` shows its name.
@@ -360,15 +370,14 @@ class Engine(ABC):
 
 def _make_folder(directory: str) -> None:
     """For everybody, from the moment that it is there: its maker may be stopped at any time."""
-    spare = f"{directory}.{os.getpid()}"
-    with suppress(FileExistsError):
-        os.mkdir(spare, 0o700)
-    os.chmod(spare, 0o1777)
+    spare = f"{directory}.{os.urandom(8).hex()}"
+    os.mkdir(spare, 0o700)
     try:
+        os.chmod(spare, 0o1777)
         os.rename(spare, directory)
-    except OSError:
+    except BaseException as error:
         os.rmdir(spare)
-        if not os.path.isdir(directory):
+        if not isinstance(error, OSError) or not os.path.isdir(directory):
             raise
 
 

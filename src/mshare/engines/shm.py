@@ -20,6 +20,9 @@ from mshare.engines.files import READ, READ_WRITE, check_content, mounted, open_
 from mshare.errors import RUN_OUT, invalid
 from mshare.sizes import HUGE_PAGE, PAGE_SIZE, human
 
+_PIECE = 4 << 20
+"""Bytes allocated by one call. On 6.1 a signal undoes the call, and Python makes it again: with a
+timer a long one would never end."""
 HUGE_SETTING = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
 
@@ -77,7 +80,8 @@ class Shm(Engine):
         os.ftruncate(fd, size)
         _populate_huge(fd, size)
         try:
-            os.posix_fallocate(fd, 0, size)
+            for start in range(0, size, _PIECE):
+                os.posix_fallocate(fd, start, min(_PIECE, size - start))
         except OSError as error:
             raise OSError(error.errno, f"no room for the region: {error.strerror}", name) from None
 
@@ -154,7 +158,12 @@ class Shm(Engine):
         if not st.S_ISLNK(info.st_mode):
             return super()._stat(name, info)
         path = f"{self.directory()}/{name}"
-        backing = os.readlink(path)
+        try:
+            backing = os.readlink(path)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return self._stat(name, os.lstat(path))  # made anew meanwhile, in memory
         broken = None
         try:
             target = os.stat(path)

@@ -116,6 +116,14 @@ def _digest(kernel: Kernel, source: Path, files: list[Path]) -> str:
 
 def _prune(folder: Path) -> None:
     """Keep the builds used last."""
-    entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    entries = sorted(folder.iterdir(), key=_used)
     for entry in entries[:-KEPT]:
         shutil.rmtree(entry, ignore_errors=True)
+
+
+def _used(build: Path) -> float:
+    """When; at no time if another lab has removed it by now."""
+    try:
+        return build.stat().st_mtime
+    except FileNotFoundError:
+        return 0
