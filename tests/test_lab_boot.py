@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 from mshare.cli import lab as command
-from mshare.lab import EXIT_LAB, EXIT_REPORT, EXIT_TIMEOUT, Options, command_line, kernels, run
+from mshare.lab import (
+    EXIT_LAB,
+    EXIT_REPORT,
+    EXIT_TIMEOUT,
+    Options,
+    command_line,
+    kernels,
+    qemu,
+    run,
+)
 from mshare.lab.build import build_module
 from mshare.lab.packages import SERIES
 from mshare.lab.qemu import BINARY
@@ -266,6 +275,23 @@ def test_dry_run(newest: str) -> None:
     done = lab("--accel", "tcg", "--no-module", "--one-thread", "--dry-run", "--", "true")
     assert "thread=single" in done.stdout
     assert "readonly=on" in " ".join(command_line(["true"], Options(module=False, accel="tcg")))
+
+
+def test_a_bad_verdict_on_kvm_is_not_the_last(
+    newest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds for ``auto``; who asks for KVM by name has it tried again, and that holds then."""
+    kernel = kernels.find_kernel(newest)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(qemu, "KVM", tmp_path)
+    verdicts = [False, False, True]
+    monkeypatch.setattr(qemu, "_probe", lambda kernel: verdicts.pop(0))
+    assert [qemu.choose_accel("auto", kernel)[0] for _ in range(2)] == ["tcg", "tcg"]
+    with pytest.raises(OSError, match="does not boot"):
+        qemu.choose_accel("kvm", kernel)
+    assert qemu.choose_accel("kvm", kernel) == ("kvm", "")
+    assert qemu.choose_accel("auto", kernel) == ("kvm", "")
+    assert not verdicts
 
 
 def test_kvm_is_used_only_if_it_boots(newest: str) -> None:

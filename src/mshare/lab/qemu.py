@@ -147,7 +147,7 @@ def choose_accel(wanted: str, kernel: Kernel) -> tuple[str, str]:
         if wanted == "kvm":
             raise OSError(errno.ENODEV, "KVM is not here or not yours to use", str(KVM))
         return "tcg", ""
-    if _kvm_works(kernel):
+    if _kvm_works(kernel, again=wanted == "kvm"):
         return "kvm", ""
     reason = "KVM is here but does not boot this kernel"
     if wanted == "kvm":
@@ -155,24 +155,26 @@ def choose_accel(wanted: str, kernel: Kernel) -> tuple[str, str]:
     return "tcg", f"{reason}; using emulation (slower)"
 
 
-def _kvm_works(kernel: Kernel) -> bool:
-    """The verdict on KVM, remembered until the host boots again."""
+def _kvm_works(kernel: Kernel, *, again: bool) -> bool:
+    """The verdict on KVM, remembered until the host boots; a bad one can be asked for ``again``."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     file = cache_dir() / "kvm.json"
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError):
         known = {}
+    if not isinstance(known, dict):
+        known = {}
     key = f"{boot} {kernel.release} {kernel.image}"
-    if not isinstance(known, dict) or not isinstance(known.get(key), bool):
-        old = known if isinstance(known, dict) else {}
-        known = {name: value for name, value in old.items() if name.startswith(boot)}
-        known[key] = _probe(kernel)
+    verdict = known.get(key)
+    if not isinstance(verdict, bool) or (again and not verdict):
+        known = {name: value for name, value in known.items() if name.startswith(boot)}
+        verdict = known[key] = _probe(kernel)
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(known))
         scratch.replace(file)
-    return bool(known[key])
+    return verdict
 
 
 def _probe(kernel: Kernel) -> bool:
