@@ -232,17 +232,20 @@ def test_log_is_left_alone_until_it_runs(
 
 
 @pytest.mark.parametrize(
-    ("log", "boots"),
+    ("log", "reason", "boots"),
     [
-        ("[ 2.2] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n", 2),
-        ("[ 2.2] int3: 0000 [#1] PREEMPT SMP NOPTI\n", 2),
-        ("[ 2.1] Run /init as init process\n[ 2.2] Oops: int3: 0000 [#1] PREEMPT SMP\n", 1),
-        ("[ 2.2] Oops: 0002 [#1] PREEMPT SMP NOPTI\n", 1),
-        ("[ 2.1] Run /init as init process\n", 1),
+        ("[ 2.2] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n", "", 2),
+        ("[ 2.2] int3: 0000 [#1] PREEMPT SMP NOPTI\n", "", 2),
+        ("[ 2.1] Run /init as init process\n[ 2.2] Oops: int3: 0000 [#1] PREEMPT SMP\n", "", 1),
+        ("[ 2.2] Oops: 0002 [#1] PREEMPT SMP NOPTI\n", "", 1),
+        ("[ 2.1] Run /init as init process\n", "", 1),
+        ("[ 2.2] Running RCU-tasks wait API self tests\n", "did not boot within 300 s", 2),
+        ("[ 2.1] Run /init as init process\n", "did not boot within 300 s", 1),
+        ("[ 2.2] Running RCU-tasks wait API self tests\n", "not done within 20 s", 1),
     ],
 )
 def test_what_the_emulator_broke_is_booted_again(
-    boot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, boots: int
+    boot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, reason: str, boots: int
 ) -> None:
     """Once, and only what ended before anything of ours ran."""
     seen = []
@@ -252,7 +255,7 @@ def test_what_the_emulator_broke_is_booted_again(
         assert self.log is not None
         os.write(self.log, log.encode())
         self._control(b"exit 3\n")
-        return session.Result(3, 3, b"", b"", log, [], None, 1.0, "")
+        return session.Result(3, 3, b"", b"", log, [], None, 1.0, reason)
 
     kernel = kernels.Kernel("6.1", bzimage(boot / "vmlinuz", "6.1"), None, boot)
     monkeypatch.setattr(options, "find_kernel", lambda name: kernel)

@@ -75,7 +75,7 @@ def run(
         session.stdin, session.stdout, session.stderr = stdin, stdout, stderr
         result = _boot(session, options.log)
         if result.emulator_failed and session.machine.accel == "tcg":
-            print("mshare lab: an emulated processor failed; booting again", file=sys.stderr)
+            print("mshare lab: it broke or hung as it booted; booting again", file=sys.stderr)
             result = _boot(dataclasses.replace(session), options.log)
         return result
 
@@ -159,7 +159,7 @@ def _session(command: Sequence[str], options: Options) -> Iterator[Session]:
             machine=machine,
             guest=guest,
             timeout=options.timeout,
-            boot_timeout=min(options.boot_timeout, options.timeout),
+            boot_timeout=options.boot_timeout,
             disks=disks,
         )
 
