@@ -176,23 +176,25 @@ void ring(uint64_t r, long unused)
 	struct ring ring;
 	struct view v;
 	uint32_t next;
-	char *at;
+	char *at = NULL;
 	int got;
 
-	if (!mine(&r, &v, &area, &page, &object))
-		return;
-	at = page_at(&v, area, page);
-	vector = (struct iovec){ at, PAGE };
-	if (pwrite(scratch(), next_page(object, page, &next), PAGE, 0) != PAGE)
-		finding("direct write from own memory: %s", strerror(errno));
 	if (!ring_open(&ring))
 		return;
-	/* refused where a file tracks its dirty pages, on 6.1 always */
-	if (syscall(SYS_io_uring_register, ring.fd, IORING_REGISTER_BUFFERS, &vector, 1)) {
-		if (errno != EOPNOTSUPP && errno != EFAULT && errno != ENOMEM)
+	/* refused where a file tracks its dirty pages, on 6.1 always: then it takes another page */
+	for (int tries = 8; tries && !at; tries--) {
+		if (!mine(&r, &v, &area, &page, &object))
+			continue;
+		vector = (struct iovec){ page_at(&v, area, page), PAGE };
+		if (!syscall(SYS_io_uring_register, ring.fd, IORING_REGISTER_BUFFERS, &vector, 1))
+			at = vector.iov_base;
+		else if (errno != EOPNOTSUPP && errno != EFAULT && errno != ENOMEM)
 			finding("registering a buffer: %s", strerror(errno));
-	} else {
+	}
+	if (at) {
 		count(REGISTERED, 1);
+		if (pwrite(scratch(), next_page(object, page, &next), PAGE, 0) != PAGE)
+			finding("direct write from own memory: %s", strerror(errno));
 		madvise(at, PAGE, draw(&r, 2) ? MADV_PAGEOUT : MADV_DONTNEED);
 		self.ctl->intent[object][page] = next;
 		got = ring_read(&ring, scratch(), at);
