@@ -34,6 +34,12 @@ def skip(reason: str) -> None:
     pytest.skip(reason)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the lab, what failed is said at once: the machine may not get as far as the summary."""
+    if LAB and report.failed:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", file=sys.stderr, flush=True)
+
+
 @pytest.fixture
 def root() -> None:
     """Only as root."""
