@@ -17,7 +17,7 @@ import pytest
 
 import mshare
 from mshare import engines, memory
-from mshare.engines import shm
+from mshare.engines import base, shm
 from mshare.engines.shm import Shm
 from mshare.memory import Available
 from tests.conftest import NOBODY, SubPython
@@ -119,11 +119,11 @@ def test_maker_of_the_folder_is_stopped(
     """Wherever it is stopped, the folder is for everybody or is not there."""
     folder = tmp_path / "mshare"
     monkeypatch.setattr(Shm, "directory", lambda self: str(folder))
-    for call in ("chmod", "rename"):
+    for where, call in ((os, "chmod"), (base, "_rename_new")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, call, Mock(side_effect=KeyboardInterrupt))
+            patch.setattr(where, call, Mock(side_effect=KeyboardInterrupt))
             mshare.create(name, 4096, engine="shm")
-        assert not folder.exists()
+        assert not list(tmp_path.iterdir())
     mshare.create(name, 4096, engine="shm").close()
     assert folder.stat().st_mode & 0o7777 == 0o1777
     mshare.unlink(name, engine="shm")
@@ -146,24 +146,6 @@ def test_many_makers_of_the_folder(
             list(pool.map(make, range(4)))
         assert len(list(folder.iterdir())) == 4
         assert len(list(tmp_path.iterdir())) == number + 1
-
-
-def test_folder_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another maker's empty folder takes the place of the first one's, before a region is in it."""
-    folder = tmp_path / "mshare"
-    monkeypatch.setattr(SHM, "chosen", str(folder))
-    real = os.link
-
-    def link(*arguments: Any, **options: Any) -> None:
-        monkeypatch.setattr(os, "link", real)
-        (tmp_path / "another").mkdir()
-        (tmp_path / "another").rename(folder)
-        real(*arguments, **options)
-
-    monkeypatch.setattr(os, "link", link)
-    mshare.create(name, 4096, engine="shm").close()
-    assert os.link is real
-    assert [each.name for each in folder.iterdir()] == [name]
 
 
 def test_made_anew_while_it_is_listed(

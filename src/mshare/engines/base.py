@@ -8,6 +8,7 @@ leaves nothing; one that dies after leaves a region like any other.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import operator
 import os
@@ -115,27 +116,17 @@ class Engine(ABC):
         try:
             fill(fd)
             os.fchmod(fd, mode)
-            self._link(fd, directory, name)
-        except BaseException:
-            os.close(fd)
-            raise
-        return self._named(name, fd)
-
-    def _link(self, fd: int, directory: str, name: str) -> None:
-        for attempt in range(10):
             parent = os.open(directory, os.O_PATH | os.O_CLOEXEC)
             try:
                 os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
             except FileExistsError:
                 raise exists(name) from None
-            except FileNotFoundError:
-                # another maker of the folder put its own in the place of this empty one
-                if attempt == 9:
-                    raise
-            else:
-                return
             finally:
                 os.close(parent)
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._named(name, fd)
 
     def _named(self, name: str, fd: int) -> int:
         """A descriptor of the new region ``fd`` for which ``/proc`` shows its name.
@@ -368,17 +359,32 @@ class Engine(ABC):
         return None
 
 
+_AT_FDCWD, _NOREPLACE = -100, 1
+
+
 def _make_folder(directory: str) -> None:
     """For everybody, from the moment that it is there: its maker may be stopped at any time."""
     spare = f"{directory}.{os.urandom(8).hex()}"
     os.mkdir(spare, 0o700)
     try:
         os.chmod(spare, 0o1777)
-        os.rename(spare, directory)
-    except BaseException as error:
+        _rename_new(spare, directory)
+    except FileExistsError:
         os.rmdir(spare)
-        if not isinstance(error, OSError) or not os.path.isdir(directory):
-            raise
+    except BaseException:
+        os.rmdir(spare)
+        raise
+
+
+def _rename_new(old: str, new: str) -> None:
+    """rename(2), but not over an empty folder: another may be about to make a file in that.
+
+    :raises FileExistsError: ``new`` is there.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _NOREPLACE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), new)
 
 
 _END = 2 * MAX_SIZE

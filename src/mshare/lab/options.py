@@ -75,7 +75,7 @@ def run(
         session.stdin, session.stdout, session.stderr = stdin, stdout, stderr
         result = _boot(session, options.log)
         if result.emulator_failed and session.machine.accel == "tcg":
-            print("mshare lab: it broke or hung as it booted; booting again", file=sys.stderr)
+            print("mshare lab: the machine did not boot; booting it again", file=sys.stderr)
             result = _boot(dataclasses.replace(session), options.log)
         return result
 
