@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from dataclasses import dataclass, replace
 
 from tests.oracle.memory import (
@@ -590,11 +591,13 @@ class Process:
         return fault
 
     def end_of(self, address: int, write: bool) -> str | None:
-        """The signal that a child of fork gets by an access, if it gets one."""
+        """The signal that a child of fork gets by an access for which this process gets one."""
+        memory = self.memory(address)
         try:
-            self.memory(address).find(address, write=write)
+            memory.find(address, write=write)
         except Fault as fault:
-            return fault.signal.name
+            inherited = not isinstance(memory, Window) or memory.kept["fork"] == "DOFORK"
+            return fault.signal.name if inherited else signal.SIGSEGV.name
         return None
 
     # Files that are mapped into regions, by read, write and ftruncate of their own.
