@@ -260,7 +260,7 @@ unsigned long mshare_get_unmapped_area(struct file *file, unsigned long addr, un
 {
 	unsigned long found;
 
-	/* refused here, mmap and mremap have not taken out yet what is there */
+	/* refused here, mmap has not taken out yet what is there, nor mremap the grafts */
 	if (flags & MAP_FIXED && (addr | len) & ~SLOT_MASK)
 		return -EINVAL;
 	if (flags & MAP_FIXED)

@@ -259,9 +259,6 @@ class Window:
     loose: set[int] = field(default_factory=set)
     """Slots taken out of the process by MADV_DONTNEED, until the next access there."""
 
-    moved_back: bool = False
-    """An mremap that was refused half-way took all slots out; until the next access."""
-
     @property
     def end(self) -> int:
         return self.address + self.size
@@ -272,8 +269,6 @@ class Window:
 
     def in_place(self) -> set[int]:
         """Slots that share the region's tables: all that have content, from mmap on."""
-        if self.moved_back:
-            return set()
         mine = range(self.offset // SLOT, (self.offset + self.size) // SLOT)
         within = self.region.layout.within
         return {each for each in mine if within(each * SLOT, (each + 1) * SLOT)} - self.loose
@@ -295,9 +290,6 @@ class Window:
 
         It is none when the entry is there, whichever process brought it in.
         """
-        if self.moved_back:
-            self.moved_back, self.loose = False, set()
-            self.loose = self.in_place()
         content, page = self.find(address, write=write)
         number, slot = self.position(address) // PAGE, self.position(address) // SLOT
         entries = self.region.tables[self.writable]

@@ -94,7 +94,7 @@ class Mount:
         for window in old.windows:
             if window.kept["fork"] == "DOFORK":
                 kept = dict(window.kept)
-                new.attach(replace(window, kept=kept, loose=set(), moved_back=False))
+                new.attach(replace(window, kept=kept, loose=set()))
         self.processes[child] = new
 
     def kill(self, number: int) -> None:
@@ -474,6 +474,8 @@ class Process:
         refuse_if(not size, errno.EINVAL)
         size = -(-size // PAGE) * PAGE
         fixed = flags & (FIXED | NOREPLACE)
+        refuse_if(size > ADDRESSES - PAGE, errno.ENOMEM)
+        refuse_if(fixed and file.region and (address | size) % SLOT, errno.EINVAL)
         if not fixed:
             refuse_if(size > ADDRESSES - SLOT, errno.ENOMEM)
             address = 0
@@ -521,10 +523,8 @@ class Process:
         if not flags & TO_FIXED:
             return
         refuse_if((address, old) != (window.address, window.size), errno.EINVAL)
-        if target % SLOT:
-            window.moved_back = True
-            refuse(errno.EINVAL)
-        window.address, window.moved_back = target, False
+        refuse_if(target % SLOT, errno.EINVAL)
+        window.address = target
         window.loose.clear()
 
     def mprotect(self, address: int, size: int, prot: int) -> None:
