@@ -29,10 +29,9 @@ MNT_DETACH = 2
 MOST = 2000
 """More allocations than a call makes that is walked to its end."""
 TIMES = int(os.environ.get("MSHARE_INJECT_TIMES", "20"))
-"""How often each allocation fails: what leaks one object each time is then found.
-
-With fewer than 20, slab caches have too much of their own to come and go: they are not looked at.
-"""
+"""How often each allocation fails: what leaks one object each time is then found."""
+ENOUGH = 8
+"""With fewer, slab caches have too much of their own come and go: they are not looked at."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -271,12 +270,15 @@ def check(
     errors: Container[int] = (errno.ENOMEM,),
     until: int | None = None,
     least: int = 1,
+    times: int = TIMES,
 ) -> None:
     """Walk once, then again with every failure often enough for a leak to show.
 
     :param errors: what the ABI says the call may fail with.
     :param least: so many allocations it makes at least; 0 if it may make none.
+    :param times: fewer, of a call that takes a second.
     """
+    times = min(times, TIMES)
 
     def told(code: int) -> None:
         assert code in errors, os.strerror(code)
@@ -284,8 +286,8 @@ def check(
 
     with place(kind) as where:
         walk(where, call, done, told, until=until)
-        with nothing_left(3 * TIMES if TIMES >= 20 else 0):
-            walked = walk(where, call, done, told, times=TIMES, until=until)
+        with nothing_left(3 * times if times >= ENOUGH else 0):
+            walked = walk(where, call, done, told, times=times, until=until)
     assert walked.last >= least, "no allocation was made to fail"
     WALKS.append((current_test(), kind, walked))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from mshare.engines.msharefs import info
-from tests.inject.inject import Caller, answer, check, standing
+from tests.inject.inject import ENOUGH, Caller, answer, check, standing
 from tests.inject.inject import place as placed
 from tests.kernel import abi
 from tests.kernel.abi import PAGE, READ, RW, SLOT
@@ -275,7 +275,7 @@ def test_fork(wide: int, changing: bool) -> None:
         abi.protect(wide, SLOT // 2, SLOT // 2, RW)
 
     with meanwhile(*[turn] * changing):
-        check(Caller, fork, undo, after, until=120)
+        check(Caller, fork, undo, after, until=120, times=2 if changing else ENOUGH)
     assert seen["whole"] > 0
     assert seen["dead"] > 0
     abi.munmap(ro)
