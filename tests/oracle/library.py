@@ -142,7 +142,7 @@ class LibraryProcess(Process):
         self._attach(handle, found.name, found.window.region, readonly, writable)
 
     def unpickle(self, handle: int, other: int) -> None:
-        """A pickled region is its name and options: attached anew, if it is still there."""
+        """A pickled region is its name and options: attached anew; if it is gone, its use fails."""
         found = self.regions[other]
         self.attach_by_name(handle, found.name, found.readonly)
 

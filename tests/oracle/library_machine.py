@@ -66,7 +66,9 @@ class LibraryWorker(Worker):
         self.regions[handle] = mshare.attach(self.regions[other].fileno(), readonly)
 
     def unpickle(self, handle: int, other: int) -> None:
-        self.regions[handle] = pickle.loads(pickle.dumps(self.regions[other]))
+        found = pickle.loads(pickle.dumps(self.regions[other]))
+        _ = found.name  # the first use of one that is gone says why
+        self.regions[handle] = found
 
     def close_region(self, handle: int) -> None:
         self.regions[handle].close()
