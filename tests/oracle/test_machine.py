@@ -12,7 +12,7 @@ from tests.oracle.model import Process
 from tests.oracle.run import run
 from tests.oracle.setting import Modelled
 
-SEED, STEPS = 13, 1_500
+SEED, STEPS = 13, 4_000
 ENOUGH = 30_000
 """Steps within which a wrong model must be found out; most are in the first hundreds."""
 
