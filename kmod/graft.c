@@ -177,7 +177,7 @@ void mshare_graft_all(struct mshare_window *win, bool wait)
 		cond_resched();
 	}
 	mmap_read_unlock(mm);
-	if (changed)
+	if (changed && !mshare_planted(NO_FREEZE_FLUSH))
 		mshare_flush_guest(mshare_mm(win));
 }
 

@@ -13,7 +13,7 @@ enum mshare_plant {
 	PLANT_SLEEP,		/* a call that may sleep, under guest->lock */
 	PLANT_UNLOCKED,		/* the state of a slot is read without guest->lock */
 	PLANT_NO_HOST_FLUSH,	/* no flush when the host's entries change */
-	PLANT_NO_FREEZE_FLUSH,	/* no flush between drain and layout change */
+	PLANT_NO_FREEZE_FLUSH,	/* no flush of a drained guest, nor by the graft that ends it */
 	PLANT_NO_GUEST_FLUSH,	/* no flush when a guest is detached */
 };
 
