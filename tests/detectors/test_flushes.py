@@ -26,7 +26,7 @@ FLUSHES = {
         f"{TLB}test_file_cut_short",
         f"{PROTECT}test_no_store_is_lost_to_writeback",
     ],
-    "NO_FREEZE_FLUSH": [f"{PROTECT}test_nobody_writes_after_it_returns[attached]"],
+    "NO_FREEZE_FLUSH": [f"{PROTECT}test_nobody_writes_who_has_a_cpu_alone"],
     "NO_GUEST_FLUSH": [
         f"{TLB}test_thread_of_a_detached_window[unmapped]",
         f"{TLB}test_thread_of_a_detached_window[mapped over]",

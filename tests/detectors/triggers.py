@@ -16,7 +16,7 @@ from tests.kernel import abi
 from tests.kernel.abi import PAGE, SLOT
 
 SLOTS = 8
-SECONDS = 90.0
+SECONDS = 240.0
 DONTNEED = 4
 SWEPT = 64 << 20
 

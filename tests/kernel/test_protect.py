@@ -86,6 +86,30 @@ def test_nobody_writes_after_it_returns(region: int, attach: bool) -> None:
     abi.munmap(note, PAGE)
 
 
+def test_nobody_writes_who_has_a_cpu_alone(region: int) -> None:
+    """The same of one on each other CPU: no switch to another process empties its TLB."""
+    here, *others = CPUS
+    address, note = abi.mmap(region), notes()
+
+    def writer(cpu: int) -> None:
+        os.sched_setaffinity(0, [cpu])
+        count_up(address + cpu * PAGE, note + cpu * 8)
+
+    os.sched_setaffinity(0, [here])
+    for _ in range(8):
+        abi.fill(note, PAGE, 0)
+        children = [abi.Child(writer, cpu) for cpu in others]
+        wait_for(*(note + cpu * 8 for cpu in others))
+        abi.protect(region, 0, SLOT, READ)
+        stored = [number(address + cpu * PAGE) for cpu in others]
+        assert [child.signal(60) for child in children] == [signal.SIGSEGV] * len(others)
+        assert [number(address + cpu * PAGE) for cpu in others] == stored
+        abi.protect(region, 0, SLOT, RW)
+    os.sched_setaffinity(0, CPUS)
+    abi.munmap(address)
+    abi.munmap(note, PAGE)
+
+
 @pytest.mark.parametrize("end", ["protect", "unmap"])
 def test_no_stale_entry_on_any_cpu(region: int, end: str) -> None:
     """A process that spins on each CPU is stopped, by SIGSEGV, wherever its TLB entries are."""
