@@ -95,17 +95,20 @@ def test_nobody_writes_who_has_a_cpu_alone(region: int) -> None:
         os.sched_setaffinity(0, [cpu])
         count_up(address + cpu * PAGE, note + cpu * 8)
 
+    assert others
     os.sched_setaffinity(0, [here])
-    for _ in range(8):
-        abi.fill(note, PAGE, 0)
-        children = [abi.Child(writer, cpu) for cpu in others]
-        wait_for(*(note + cpu * 8 for cpu in others))
-        abi.protect(region, 0, SLOT, READ)
-        stored = [number(address + cpu * PAGE) for cpu in others]
-        assert [child.signal(60) for child in children] == [signal.SIGSEGV] * len(others)
-        assert [number(address + cpu * PAGE) for cpu in others] == stored
-        abi.protect(region, 0, SLOT, RW)
-    os.sched_setaffinity(0, CPUS)
+    try:
+        for _ in range(8):
+            abi.fill(note, PAGE, 0)
+            children = [abi.Child(writer, cpu) for cpu in others]
+            wait_for(*(note + cpu * 8 for cpu in others))
+            abi.protect(region, 0, SLOT, READ)
+            stored = [number(address + cpu * PAGE) for cpu in others]
+            assert [child.signal(60) for child in children] == [signal.SIGSEGV] * len(others)
+            assert [number(address + cpu * PAGE) for cpu in others] == stored
+            abi.protect(region, 0, SLOT, RW)
+    finally:
+        os.sched_setaffinity(0, CPUS)
     abi.munmap(address)
     abi.munmap(note, PAGE)
 
