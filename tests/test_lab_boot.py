@@ -142,6 +142,23 @@ def test_signal_is_128_and_its_number(newest: str) -> None:
         assert result.status == 128 + number
 
 
+def test_lost_output_is_125(newest: str) -> None:
+    """What carries the output is no victim of the OOM killer; killed by hand, the lab says so."""
+    script = """
+        for folder in /proc/[0-9]*; do
+            [ "$(tr '\\0' ' ' < $folder/cmdline)" = "/run/mshare-lab/busybox cat " ] || continue
+            cat $folder/oom_score_adj
+            [ -z "$1" ] || kill -9 ${folder#/proc/}
+        done
+        true
+    """
+    options = Options(module=False, accel="tcg")
+    result = run(["sh", "-c", script, "sh"], options)
+    assert (result.status, result.stdout) == (0, b"-1000\n-1000\n")
+    result = run(["sh", "-c", script, "sh", "kill"], options)
+    assert result.status == EXIT_LAB and "output is lost" in result.reason
+
+
 def test_devices(stock: str, tmp_path: Path) -> None:
     """The file systems are there, and the disk, swap, huge pages and folder that were asked for."""
     script = """

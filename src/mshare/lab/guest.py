@@ -175,11 +175,16 @@ else
     exec 7<> $lab/in 8< $lab/in
     $b cat <&6 >&7 2> /dev/null 3>&- 4>&- 5>&- 7>&- 8<&- 9>&- &
     exec 7>&-
+    # What they carry must arrive, whoever else is killed for want of memory.
+    for pid in $keep $!; do
+        echo -1000 > /proc/$pid/oom_score_adj
+    done
     # Not with "&": a shell starts such a command with SIGINT ignored.
     $b setsid /bin/sh $lab/command <&8 2>&9 3>&- 4>&- 5>&- 6<&- 8<&- 9>&-
     status=$?
     exec 1> /dev/console 8<&- 9>&-
 fi
+lost=
 for entry in /proc/[0-9]*; do
     pid=${entry#/proc/}
     case " 1 $keep " in
@@ -188,7 +193,9 @@ for entry in /proc/[0-9]*; do
     esac
 done
 if [ -n "$keep" ]; then
-    wait $keep
+    for pid in $keep; do
+        wait $pid || lost=1
+    done
     $b cat $lab/mark >&4
     $b cat $lab/mark >&5
 fi
@@ -202,6 +209,7 @@ if [ -e /sys/kernel/debug/kmemleak ]; then
     $b sleep 6
     echo scan > /sys/kernel/debug/kmemleak
 fi
+[ -z "$lost" ] || fail "a part of the output is lost: what carries it was killed"
 echo "mshare-lab: end of log" > /dev/kmsg
 echo "exit $status" >&3
 $b sleep 60
