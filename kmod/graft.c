@@ -83,8 +83,6 @@ bool mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	struct mshare_slot *slot = &win->slot[i];
 	bool changed = false;
 
-	if (mshare_planted(UNLOCKED) && slot->state == SLOT_HOST)
-		return false;
 	spin_lock(&win->guest->lock);
 	/* a thaw ends frozen under the region's lock, not this one */
 	if (win->guest->dead || win->closing || READ_ONCE(win->frozen) || win->invalidating ||
@@ -101,7 +99,10 @@ bool mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	set_pud(slot->pudp, host);
 	spin_unlock(&mm->page_table_lock);
 	slot->state = SLOT_HOST;
-	atomic64_inc(&win->region->grafts);
+	if (mshare_planted(UNLOCKED))
+		win->region->grafts.counter++;
+	else
+		atomic64_inc(&win->region->grafts);
 	trace_mshare_graft(win->region, addr, win->host + (i << SLOT_SHIFT));
 out:
 	spin_unlock(&win->guest->lock);

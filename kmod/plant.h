@@ -11,7 +11,7 @@ enum mshare_plant {
 	PLANT_FREED_TABLE,	/* a layout change leaves the host's tables in guests */
 	PLANT_LOCK_ORDER,	/* a guest's mmap_lock is taken inside the host's */
 	PLANT_SLEEP,		/* a call that may sleep, under guest->lock */
-	PLANT_UNLOCKED,		/* the state of a slot is read without guest->lock */
+	PLANT_UNLOCKED,		/* a counter of the region is written under a guest's lock */
 	PLANT_NO_HOST_FLUSH,	/* no flush when the host's entries change */
 	PLANT_NO_FREEZE_FLUSH,	/* no flush of a drained guest, nor by the graft that ends it */
 	PLANT_NO_GUEST_FLUSH,	/* no flush when a guest is detached */

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +15,20 @@ from tests.kernel import abi
 from tests.kernel.abi import PAGE, SLOT
 
 SLOTS = 8
-SECONDS = 240.0
-DONTNEED = 4
-SWEPT = 64 << 20
+SECONDS = 120.0
+
+
+def full() -> int:
+    """A region with a page in each of its slots."""
+    region = abi.make(f"{abi.MOUNT}/trigger", SLOTS * SLOT, fill=False)
+    for slot in range(SLOTS):
+        abi.create_mapping(region, slot * SLOT, PAGE)
+    return region
 
 
 def layout_change() -> None:
     """Attach, touch every slot, take the content away, and have /proc walk the window."""
-    region = abi.make(f"{abi.MOUNT}/trigger", SLOTS * SLOT, fill=False)
-    for slot in range(SLOTS):
-        abi.create_mapping(region, slot * SLOT, PAGE)
+    region = full()
     window = abi.mmap(region, SLOTS * SLOT)
     for slot in range(SLOTS):
         abi.put(window + slot * SLOT, b"x")
@@ -36,33 +39,22 @@ def layout_change() -> None:
     abi.munmap(window, SLOTS * SLOT)
 
 
-def faults_and_detaches() -> None:
-    """Two threads fault in a window, another has it detached again and again."""
-    region = abi.make(f"{abi.MOUNT}/trigger")
-    window = abi.mmap(region)
-    abi.fill(window, SWEPT)
+def attaches() -> None:
+    """Two processes attach every slot at once, again and again; end when a race was seen."""
+    region = full()
     end = time.monotonic() + SECONDS
     log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     os.lseek(log, 0, os.SEEK_END)
-    done = False
 
-    def detach() -> None:
-        while not done:
-            abi.madvise(window, SLOT, DONTNEED)
+    def attach() -> None:
+        while True:
+            abi.munmap(abi.mmap(region, SLOTS * SLOT), SLOTS * SLOT)
 
-    def sweep() -> None:
-        while not done:
-            abi.touch(window, SWEPT)  # one call of C: the interpreter is another thread's
-
-    threads = [threading.Thread(target=work) for work in (detach, sweep, sweep)]
-    for thread in threads:
-        thread.start()
+    processes = [abi.Child(attach) for _ in range(2)]
     while time.monotonic() < end and not reported(log):
         time.sleep(0.2)
-    done = True
-    for thread in threads:
-        thread.join()
-    abi.munmap(window)
+    for process in processes:
+        process.kill()
 
 
 def reported(log: int) -> bool:
@@ -77,7 +69,7 @@ def reported(log: int) -> bool:
 
 
 TRIGGERS: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (layout_change, faults_and_detaches)
+    each.__name__: each for each in (layout_change, attaches)
 }
 
 if __name__ == "__main__":
