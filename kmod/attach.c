@@ -138,7 +138,7 @@ static int window_mremap(struct vm_area_struct *vma)
 	if (!win)
 		return -ENOMEM;
 	spin_lock(&win->guest->lock);
-	win->closing = false;
+	WRITE_ONCE(win->closing, false);
 	spin_unlock(&win->guest->lock);
 	build(win);
 	return 0;

@@ -137,7 +137,7 @@ vm_fault_t mshare_fault(struct vm_fault *vmf)
 	if (unlikely(READ_ONCE(win->closing))) {
 		/* an mremap that failed half-way: the mapping is still in use */
 		spin_lock(&win->guest->lock);
-		win->closing = false;
+		WRITE_ONCE(win->closing, false);
 		spin_unlock(&win->guest->lock);
 	}
 	host = win->host + (addr - win->start);

@@ -86,7 +86,7 @@ static void release(struct mshare_region *r)
 	struct mshare_window *win;
 
 	spin_lock(&r->lock);
-	r->frozen = false;
+	WRITE_ONCE(r->frozen, false);
 	r->pass++;
 	list_for_each_entry(win, &r->windows, of_region)
 		WRITE_ONCE(win->frozen, false);
@@ -126,7 +126,7 @@ static void thaw(struct mshare_region *r)
 static void begin(struct mshare_region *r)
 {
 	spin_lock(&r->lock);
-	r->frozen = true;
+	WRITE_ONCE(r->frozen, true);
 	r->pass++;
 	spin_unlock(&r->lock);
 }

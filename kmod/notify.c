@@ -40,7 +40,7 @@ static int guest_start(struct mmu_notifier *mn, const struct mmu_notifier_range 
 			continue;
 		win->invalidating++;
 		if (own)
-			win->closing = true;
+			WRITE_ONCE(win->closing, true);
 		changed |= mshare_ungraft(win, range->start, range->end, own);
 	}
 	spin_unlock(&guest->lock);
