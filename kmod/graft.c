@@ -47,14 +47,17 @@ pud_t *mshare_pudp(struct mm_struct *mm, unsigned long addr)
 }
 
 /*
- * Walkers under the guest's mmap_lock read an entry twice, the second time plainly.
- * Either table that they find there is one for them: KCSAN is not to report it.
+ * Walkers hold the guest's mmap_lock or the VMA's lock, read an entry more than once,
+ * and plainly. Where they may be about, either table that they find is one for them: a
+ * race that is meant, and that KCSAN is not to report as the module's.
  */
-static void set_entry(pud_t *pudp, pud_t pud)
+static void set_entry(pud_t *pudp, pud_t pud, bool walked)
 {
-	kcsan_disable_current();
+	if (walked)
+		kcsan_disable_current();
 	set_pud(pudp, pud);
-	kcsan_enable_current();
+	if (walked)
+		kcsan_enable_current();
 }
 
 static void flush_cpu(void *unused)
@@ -108,7 +111,7 @@ bool mshare_graft(struct mshare_window *win, unsigned long i, pud_t host)
 	changed = !pud_none(*slot->pudp);
 	if (slot->state == SLOT_OWN)
 		slot->parked = READ_ONCE(*slot->pudp);
-	set_entry(slot->pudp, host);
+	set_entry(slot->pudp, host, true);
 	spin_unlock(&mm->page_table_lock);
 	slot->state = SLOT_HOST;
 	if (mshare_planted(UNLOCKED))
@@ -219,11 +222,11 @@ bool mshare_ungraft(struct mshare_window *win, unsigned long start, unsigned lon
 			continue;
 		spin_lock(&mm->page_table_lock);
 		if (own || !pud_none(slot->parked)) {
-			set_entry(slot->pudp, slot->parked);
+			set_entry(slot->pudp, slot->parked, !own);
 			slot->parked = __pud(0);
 			slot->state = SLOT_OWN;
 		} else {
-			set_entry(slot->pudp, win->region->blank);
+			set_entry(slot->pudp, win->region->blank, true);
 			slot->state = SLOT_BLANK;
 		}
 		spin_unlock(&mm->page_table_lock);
