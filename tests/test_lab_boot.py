@@ -145,6 +145,7 @@ def test_signal_is_128_and_its_number(newest: str) -> None:
 def test_lost_output_is_125(newest: str) -> None:
     """What carries the output is no victim of the OOM killer; killed by hand, the lab says so."""
     script = """
+        cat > /dev/null  # then what carries the input has ended
         for folder in /proc/[0-9]*; do
             [ "$(tr '\\0' ' ' < $folder/cmdline)" = "/run/mshare-lab/busybox cat " ] || continue
             cat $folder/oom_score_adj
@@ -157,6 +158,7 @@ def test_lost_output_is_125(newest: str) -> None:
     assert (result.status, result.stdout) == (0, b"-1000\n-1000\n")
     result = run(["sh", "-c", script, "sh", "kill"], options)
     assert result.status == EXIT_LAB and "output is lost" in result.reason
+    assert result.command_status == 0
 
 
 def test_devices(stock: str, tmp_path: Path) -> None:

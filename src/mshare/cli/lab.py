@@ -22,7 +22,7 @@ EXAMPLE = "  mshare lab --kernel 6.1 -- mshare bench"
 STATUS = """\
 mshare lab exits with the command's own status (128+N for signal N), or
 70 the kernel log holds a WARNING, BUG, Oops or the like, whatever the command's status;
-124 a time limit passed; 125 the lab could not run the command"""
+124 a time limit passed; 125 the lab could not run the command or lost some output"""
 
 _REPORTS_SHOWN = 5
 _RACES_SHOWN = 10
