@@ -6,6 +6,7 @@ Each does what programs do, and asks nothing: whether it went well is in the ker
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def attaches() -> None:
     while time.monotonic() < end and not reported(log):
         time.sleep(0.2)
     for process in processes:
-        process.kill()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.signal() == signal.SIGKILL  # it had not ended before
 
 
 def reported(log: int) -> bool:

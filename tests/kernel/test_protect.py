@@ -102,9 +102,9 @@ def test_nobody_writes_who_has_a_cpu_alone(region: int) -> None:
         count_up(address + cpu * PAGE, note + cpu * 8)
 
     assert others
-    os.sched_setaffinity(0, [here])
-    workers.write_text(f"{1 << here:x}")
     try:
+        os.sched_setaffinity(0, [here])
+        workers.write_text(f"{1 << here:x}")
         for _ in range(8):
             abi.fill(note, PAGE, 0)
             children = [abi.Child(writer, cpu) for cpu in others]
